@@ -1,0 +1,1 @@
+"""Reproductions and studies, each runnable, each with its report."""

@@ -1,0 +1,222 @@
+"""Hooks: placed once per declared site, they run the operators bound there, and do nothing while none is bound."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from steer.architectures import Architecture
+from steer.errors import SteerError
+from steer.sites import Site
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+
+class Operator(Protocol):
+    """What runs at a site: takes the tensor there and returns its replacement, of the same shape."""
+
+    def __call__(self, hidden: Float[Tensor, "row pos d"], /) -> Float[Tensor, "row pos d"]: ...
+
+
+class Binding(Protocol):
+    """Who uses the hooks at present; told the token positions before every forward pass, and its end."""
+
+    def begin(self, positions: Int[Tensor, "row pos"]) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Slot:
+    """One hooked site and the operators bound there."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.operators: tuple[Operator, ...] = ()
+
+    def run(self, hidden: Tensor) -> Tensor:
+        for operator in self.operators:
+            hidden = operator(hidden)
+        return hidden
+
+
+class Attachment:
+    """The hooks on one model.
+
+    Binding and unbinding only change what the slots hold, never the hooks: a hook that is added after the model was
+    compiled is ignored by the compiled code, which would steer the prefill and not the decoding.
+    """
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
+        refuse_compiled(model)
+        self.decoder: nn.Module = model.base_model
+        self.architecture = architecture
+        self.blocks: Sequence[nn.Module] = list(self.decoder.get_submodule(architecture.blocks).children())
+        self.slots: dict[Site, Slot] = {}
+        self.traced = False
+        self._arguments = list(inspect.signature(self.decoder.forward).parameters)
+        self._binding: Binding | None = None
+        self._owner: int | None = None
+        self._lock = threading.Lock()
+        self._handles: list[RemovableHandle] = [
+            self.decoder.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True),
+            self.decoder.register_forward_hook(self._end),
+        ]
+
+    def declare(self, sites: Iterable[Site]) -> None:
+        """Places hooks at further sites.
+
+        Raises:
+            SteerError: the model has no such site, or has been compiled since it was wrapped.
+        """
+        for site in (site.canonical() for site in sites):
+            if site in self.slots:
+                continue
+            if self.traced:
+                raise SteerError(
+                    f"{site} was not declared before the model was compiled, so a hook there would be ignored. "
+                    f"Declare it when wrapping, steer.wrap(model, tokenizer, sites=[..., '{site}']), or call "
+                    "steer.uncompile(model) first"
+                )
+            slot = Slot(site)
+            self._handles.append(self._place(slot))
+            self.slots[site] = slot
+
+    def bind(self, binding: Binding, operators: dict[Site, tuple[Operator, ...]]) -> None:
+        """Takes the model for one user of the hooks. Raises SteerError if somebody has it already."""
+        if not self._lock.acquire(blocking=False):
+            raise SteerError(
+                "this model is already steered or read, in an enclosing block or by another thread; put all users "
+                "of a batch into one `steered` block, or wrap a second copy of the model"
+            )
+        self._binding, self._owner = binding, threading.get_ident()
+        for site, bound in operators.items():
+            self.slots[site].operators = bound
+
+    def unbind(self) -> None:
+        """Gives the model back as it was."""
+        for slot in self.slots.values():
+            slot.operators = ()
+        self._binding = self._owner = None
+        self._lock.release()
+
+    def remove(self) -> None:
+        """Removes every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.slots.clear()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            self.traced = True
+        elif self._owner is not None and self._owner != threading.get_ident():
+            raise SteerError("another thread is steering this model; its users would leak into this forward pass")
+        if self._binding is not None:
+            # Not zip(strict=True): a call names only the arguments it has.
+            self._binding.begin(_positions(dict(zip(self._arguments, args, strict=False)) | kwargs))
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._binding is not None:
+            self._binding.end()
+
+    def _place(self, slot: Slot) -> RemovableHandle:
+        name, layer, paths = slot.site.name, slot.site.layer, self.architecture
+        if layer is not None and layer >= len(self.blocks):
+            raise SteerError(f"{slot.site}: the model has {len(self.blocks)} layers, the last one is {len(self.blocks) - 1}")
+        if name == "embed":
+            return _on_output(self.decoder.get_submodule(paths.embed), slot)
+        if name == "ln_final":
+            return _on_output(self.decoder.get_submodule(paths.final_norm), slot)
+        assert layer is not None
+        block = self.blocks[layer]
+        if name == "resid_pre":
+            return _on_input(block, slot)
+        if name == "resid_post":
+            return _on_output(block, slot)
+        if name == "attn_out":
+            return _on_output(block.get_submodule(paths.attn_out), slot)
+        if name == "mlp_out":
+            return _on_output(block.get_submodule(paths.mlp_out), slot)
+        if name == "z":
+            return _on_input(block.get_submodule(paths.z), slot)
+        if paths.mid is None:
+            raise SteerError(
+                f"{slot.site}: in this architecture attention and feed-forward run in parallel, so there is no residual "
+                f"between them; use resid_post[{layer}]"
+            )
+        return _on_shared_input(block.get_submodule(paths.mid), slot)
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raises SteerError if compiled code of this model exists, which would ignore hooks that are placed now."""
+    if hasattr(model, "_orig_mod"):
+        raise SteerError("this is the result of torch.compile(model); wrap the model itself, then compile that")
+    if hasattr(model, "_compiled_call") or model._compiled_call_impl is not None:
+        raise SteerError(
+            "this model was compiled before it was wrapped, so its compiled code would ignore steering. Wrap it first, "
+            "or call steer.uncompile(model)"
+        )
+
+
+def _positions(arguments: dict[str, Any]) -> Int[Tensor, "row pos"]:
+    """Index of each token among its row's real tokens, from position ids, else the mask, else the cache."""
+    tokens = arguments.get("input_ids")
+    if tokens is None:
+        tokens = arguments["inputs_embeds"]
+    rows, length = tokens.shape[:2]
+    ids, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    if ids is not None:
+        return ids.expand(rows, -1)
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    cache = arguments.get("past_key_values")
+    past = 0 if cache is None else cache.get_seq_length()
+    return (torch.arange(length, device=tokens.device) + past).expand(rows, -1)
+
+
+def _on_output(module: nn.Module, slot: Slot) -> RemovableHandle:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not slot.operators:
+            return None
+        if isinstance(output, tuple):
+            return (slot.run(output[0]), *output[1:])
+        return slot.run(output)
+
+    # Prepended, so that transformers' own capture of hidden states sees the steered values.
+    return module.register_forward_hook(hook, prepend=True)
+
+
+def _on_input(module: nn.Module, slot: Slot) -> RemovableHandle:
+    return _pre_hook(module, slot, slot.run)
+
+
+def _on_shared_input(module: nn.Module, slot: Slot) -> RemovableHandle:
+    """Hooks a norm whose input is at the same time the residual that goes around it."""
+
+    def run(hidden: Tensor) -> Tensor:
+        # Written in place, so that the residual connection carries the edit as well. Autograd must not find the
+        # values it saved overwritten, hence the copy while it records.
+        edited = slot.run(hidden.clone() if torch.is_grad_enabled() else hidden)
+        return hidden.copy_(edited)
+
+    return _pre_hook(module, slot, run)
+
+
+def _pre_hook(module: nn.Module, slot: Slot, run: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not slot.operators:
+            return None
+        if args:
+            return (run(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": run(kwargs["hidden_states"])}
+
+    return module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)

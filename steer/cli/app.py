@@ -1,0 +1,27 @@
+"""The commands and what they share."""
+
+from __future__ import annotations
+
+import typer
+
+from steer.cli.bank import bank
+from steer.cli.demo import demo
+from steer.cli.extract import extract
+from steer.cli.generate import generate
+from steer.cli.models import models
+
+app = typer.Typer(
+    help="Make a frozen language model write like a particular person.\n\n"
+    "From what each user wrote, `extract` computes a small state and puts it into a bank; `generate` answers for many "
+    "users at once, each row in the manner of its own. Start with `steer demo`.",
+    epilog="Every command takes --debug, which shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command()(demo)
+app.command()(extract)
+app.command()(generate)
+app.add_typer(bank, name="bank")
+app.add_typer(models, name="models")

@@ -1,0 +1,128 @@
+"""`steer generate`: one prompt, answered for many users in one batch."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from steer.cli import options
+from steer.errors import SteerError
+
+if TYPE_CHECKING:
+    from steer.model import FrozenLM
+
+CONTEXT_ROW = "(context)"
+
+
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")],
+    model: options.Model = "smollm2-135m",
+    bank: Annotated[Path | None, typer.Option("--bank", "-b", help="The folder of the bank.", show_default=False)] = None,
+    user: Annotated[list[str] | None, typer.Option("--user", "-u", help="Whose states to use; repeat for more rows.",
+                                                   show_default=False)] = None,
+    name: Annotated[list[str] | None, typer.Option(help="Only states of this name; may be repeated.",
+                                                   show_default=False)] = None,
+    strength: Annotated[float | None, typer.Option(help="Coefficient of the vectors; 1 if neither it nor --dose is given.",
+                                                   show_default=False)] = None,
+    dose: Annotated[float | None, typer.Option(help="The same, as a share of the residual norm at the site.",
+                                               show_default=False)] = None,
+    context: Annotated[str | None, typer.Option(help="Something about the user, put in front of the prompt of every row "
+                                                     "but the plain one, and amplified by --lambda.",
+                                                show_default=False)] = None,
+    lam: Annotated[float, typer.Option("--lambda", help="CoS: -1 ignores the context, 0 is plain prompting with it, more "
+                                                        "amplifies it.")] = 1.0,
+    unknown_user: Annotated[str, typer.Option(help="error, or plain for rows of users without states.")] = "error",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float | None, typer.Option(help="Sample instead of taking the likeliest token.",
+                                                      show_default=False)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.",
+                                                show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="For sampling; row r draws from seed + r.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Show the one answer as it is written, without a plain one.")] = False,
+    as_json: options.Json = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Answer a prompt for several users at once, next to the plain answer.
+
+    Example:
+
+        steer generate --bank people.bank --user alice --user bob --prompt "Describe your morning." --dose 0.15
+    """
+    from steer import Bank, CoS
+
+    if user and bank is None:
+        raise SteerError("--user needs the --bank that holds the states")
+    if bank is not None and not user:
+        raise SteerError(f"--bank needs one or more --user; `steer bank ls {bank}` lists them")
+    store = None if bank is None else Bank(bank, create=False)
+    people: list[str | None] = list(user or ([CONTEXT_ROW] if context is not None else []))
+    rows = people if stream else [None, *people]
+    rows = rows or [None]
+    if stream and len(rows) > 1:
+        raise SteerError("--stream shows one answer; name one --user")
+    lm = options.load(model, device, dtype)
+    arguments: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "chat": False if raw else None,
+        "strength": strength,
+        "dose": dose,
+        **_sampling(temperature, top_p, seed, len(rows)),
+    }
+    if store is not None:
+        arguments |= {
+            "bank": store,
+            "users": [None if row == CONTEXT_ROW else row for row in rows],
+            "names": name or None,
+            "unknown_user": unknown_user,
+        }
+    if context is not None:
+        state = CoS(lam=lam).state(context)
+        arguments["states"] = [None if row is None else {"--context": state} for row in rows]
+    if stream:
+        _stream(lm, prompt, arguments)
+        return
+    start = time.perf_counter()
+    tokens = lm.generate_tokens([prompt] * len(rows), **arguments)
+    seconds = time.perf_counter() - start
+    assert lm.tokenizer is not None
+    answers = lm.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    if as_json:
+        result = {
+            "model": model,
+            "prompt": prompt,
+            "seconds": seconds,
+            "rows": [
+                {"user": row, "text": text, "tokens": ids}
+                for row, text, ids in zip(rows, answers, tokens, strict=True)
+            ],
+        }
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    table = Table("user", "answer", show_lines=True, title=prompt)
+    for row, text in zip(rows, answers, strict=True):
+        table.add_row("[dim]plain[/dim]" if row is None else row, text.strip())
+    options.out.print(table)
+    options.err.print(f"{len(rows)} rows in {seconds:.1f} s")
+
+
+def _sampling(temperature: float | None, top_p: float | None, seed: int, rows: int) -> dict[str, Any]:
+    if temperature is None and top_p is None:
+        return {"do_sample": False}
+    if temperature is not None and temperature <= 0:
+        raise SteerError("--temperature must be above 0; leave it out for the likeliest token")
+    seeds = [seed + row for row in range(rows)]
+    return {"do_sample": True, "temperature": temperature or 1.0, "top_p": top_p or 1.0, "top_k": 0, "seeds": seeds}
+
+
+def _stream(lm: FrozenLM, prompt: str, arguments: dict[str, Any]) -> None:
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    lm.generate_tokens([prompt], streamer=streamer, **arguments)

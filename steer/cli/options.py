@@ -1,0 +1,56 @@
+"""Options that several commands share, and how they are checked."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from steer.errors import SteerError
+
+if TYPE_CHECKING:
+    from steer.model import FrozenLM
+
+# Results go to stdout, everything about how it goes to stderr.
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A short name (see `steer models`), a folder, or a hub id.", show_default=True)
+]
+BankPath = Annotated[Path, typer.Option("--bank", "-b", help="The folder of the bank.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there is one.", show_default=False)]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; as the weights are stored.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def load(model: str, device: str | None, dtype: str | None) -> FrozenLM:
+    """Loads a model, quietly but for its own progress."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    import steer
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes:
+        raise SteerError(f"--dtype {dtype} is not one of {', '.join(dtypes)}")
+    with err.status(f"loading {model}"):
+        return steer.load(model, device=device, dtype=None if dtype is None else dtypes[dtype])
+
+
+def parse_layers(text: str) -> list[int]:
+    """Reads `18` or `12,18`."""
+    try:
+        layers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SteerError(f"--layer {text} is not a list of numbers such as 18 or 12,18") from None
+    if min(layers) < 0 or len(set(layers)) < len(layers):
+        raise SteerError(f"--layer {text}: layers count from 0 and are named once")
+    return layers

@@ -1,0 +1,429 @@
+"""FrozenLM: one view over any supported model. It never trains or changes the model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from steer.architectures import architecture_of
+from steer.attach import Attachment
+from steer.embedded import resolve
+from steer.errors import SteerError
+from steer.inject import Edit
+from steer.plan import Amounts, Plan, RowStates, edits_of, kinds_of, rows_of
+from steer.sites import Site
+from steer.state import Artifact, Fingerprint, UserState
+from steer.steering import Operators, Steering
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from steer.bank import Bank
+
+# A text, chat messages, or token ids that are used as they are.
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+# A row's states: none, one, several, or several by name.
+States = UserState | Sequence[UserState] | RowStates | None
+
+_WRAPPED: weakref.WeakKeyDictionary[nn.Module, FrozenLM] = weakref.WeakKeyDictionary()
+_SAMPLED_WEIGHTS = 256
+_ARCHITECTURE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+)
+
+
+class FrozenLM:
+    """A frozen causal language model with places to read and to steer.
+
+    Made by `steer.load` or `steer.wrap`. While it is open the model is in evaluation mode and its parameters require no
+    gradient; `close()` leaves the model as it was.
+
+    Attributes:
+        model: the transformers model, usable as ever.
+        tokenizer: its tokenizer; None if the model is only fed token ids.
+        width: of the residual stream.
+        n_layers: number of blocks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        sites: Iterable[Site | str] | None = None,
+    ) -> None:
+        if model in _WRAPPED:
+            raise SteerError("this model is wrapped already; use that FrozenLM, or close() it first")
+        self.model, self.tokenizer = model, tokenizer
+        self.attachment = Attachment(model, architecture_of(model.base_model.config))
+        self.width: int = model.get_input_embeddings().embedding_dim
+        self.n_layers = len(self.attachment.blocks)
+        self.operators = Operators(prefix_start=1 if self._adds_bos else 0)
+        self._was_training = model.training
+        self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.eval()
+        for parameter in self._trainable:
+            parameter.requires_grad_(False)
+        every_block = [Site("resid_post", layer) for layer in range(self.n_layers)]
+        try:
+            self.declare(*([Site("embed"), *every_block] if sites is None else sites))
+        except SteerError:
+            self.close()
+            raise
+        _WRAPPED[model] = self
+
+    def declare(self, *sites: Site | str) -> None:
+        """Prepares sites for reading and steering; `embed` and all `resid_post` are, unless told otherwise.
+
+        Raises:
+            SteerError: the model has no such site, or was compiled in the meantime.
+        """
+        self.attachment.declare(Site.parse(site) for site in sites)
+
+    def close(self) -> None:
+        """Removes every hook and leaves the model as it was. Closing twice does nothing."""
+        self.attachment.remove()
+        self.model.train(self._was_training)
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        self._trainable = []
+        _WRAPPED.pop(self.model, None)
+
+    def __enter__(self) -> FrozenLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # What the model is.
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream."""
+        return self.model.dtype
+
+    def device_at(self, site: Site) -> torch.device:
+        """Where the tensor at a site lives; differs between layers under a `device_map`."""
+        if site.layer is None:
+            return self.device
+        return next(self.attachment.blocks[site.layer].parameters()).device
+
+    def width_at(self, site: Site) -> int:
+        """Width of the tensor at a site."""
+        if site.name != "z" or site.layer is None:
+            return self.width
+        projection = self.attachment.blocks[site.layer].get_submodule(self.attachment.architecture.z)
+        # GPT-2's Conv1D keeps its weight as [in, out].
+        return getattr(projection, "in_features", None) or projection.weight.shape[0]
+
+    def memory_site(self, site: Site) -> Site:
+        """Where cross-attention for `site` enters: after the block if attention and feed-forward are parallel."""
+        if site.name == "resid_mid" and self.attachment.architecture.mid is None:
+            return Site("resid_post", site.layer)
+        return site.canonical()
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Architecture and sampled weights, independent of dtype and device."""
+        config = self.model.base_model.config
+        shape = {key: getattr(config, key, None) for key in _ARCHITECTURE_KEYS}
+        parameters = [p for _, p in sorted(self.model.base_model.named_parameters()) if p.is_floating_point()]
+        # Spread over parameters and within them; the multiplier is Knuth's, prime to every size.
+        samples = [
+            parameters[i * len(parameters) // _SAMPLED_WEIGHTS].detach().flatten()[i * 2654435761 % size].cpu().float()
+            for i in range(_SAMPLED_WEIGHTS)
+            if (size := parameters[i * len(parameters) // _SAMPLED_WEIGHTS].numel())
+        ]
+        words = torch.stack(samples).to(torch.bfloat16).view(torch.int16).tolist()
+        name = f"{config.model_type}-{self.n_layers}x{self.width}"
+        return Fingerprint(name, repr(sorted(shape.items())), tuple(word & 0xFFFF for word in words))
+
+    # Text to tokens.
+
+    @property
+    def pad_token_id(self) -> int:
+        """What shorter rows are padded with."""
+        return self._first_token_id("pad_token_id", "eos_token_id", "bos_token_id")
+
+    @property
+    def placeholder_id(self) -> int:
+        """What stands in the prompt where soft tokens go. Not EOS if it can be helped: penalties count prompt tokens."""
+        if self.tokenizer is not None and self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
+            return self._first_token_id("bos_token_id", "eos_token_id")
+        return self.pad_token_id
+
+    def _first_token_id(self, *names: str) -> int:
+        found = [getattr(self.tokenizer, name, None) for name in names]
+        return next((token for token in found if token is not None), 0)
+
+    @property
+    def _adds_bos(self) -> bool:
+        if self.tokenizer is None or self.tokenizer.bos_token_id is None:
+            return False
+        return self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
+
+    def encode(self, prompt: Prompt, *, context: str | None = None, chat: bool | None = None) -> list[int]:
+        """Token ids of a prompt.
+
+        Args:
+            prompt: a text, chat messages, or token ids.
+            context: goes in front of the last user message, joined by one space (METHODS §1.3).
+            chat: whether a text goes through the chat template, as one user message with the assistant's turn opened
+                after it; if None, whenever the tokenizer has a template.
+
+        Raises:
+            SteerError: the prompt is empty, or the tokenizer cannot do what is asked.
+        """
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
+            if context is not None:
+                raise SteerError("a context needs a prompt of text; this one is token ids")
+            return list(prompt)  # type: ignore[arg-type]
+        if not prompt:
+            raise SteerError("a prompt is empty")
+        if self.tokenizer is None:
+            raise SteerError("this model was wrapped without a tokenizer: prompts must be token ids")
+        has_template = self.tokenizer.chat_template is not None
+        if isinstance(prompt, str) and not (has_template if chat is None else chat):
+            return self.tokenizer(prompt if context is None else f"{context} {prompt}").input_ids
+        if not has_template:
+            raise SteerError("the tokenizer has no chat template; pass texts, and chat=False")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]  # type: ignore[arg-type]
+        if context is not None:
+            last = next((m for m in reversed(messages) if m["role"] == "user"), None)
+            if last is None:
+                raise SteerError("a context goes into the user's turn, and there is none")
+            last["content"] = f"{context} {last['content']}"
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+    # Steering.
+
+    @contextmanager
+    def steered(
+        self,
+        bank: Bank | None = None,
+        users: Sequence[str | None] | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        states: Sequence[States] | None = None,
+        edits: Sequence[Edit] = (),
+        artifacts: Iterable[Artifact] = (),
+        strength: Amounts | None = None,
+        dose: Amounts | None = None,
+        prompt_lengths: Sequence[int] | None = None,
+        unknown_user: str = "error",
+    ) -> Iterator[Steering]:
+        """Steers the model for one batch while the block lasts; the model's own API stays as it is.
+
+        The rows come from a bank and users, from states, from edits, or from all of them together.
+
+        Args:
+            bank, users: one user a row, None for a plain row; all of a user's states apply.
+            names: use only the bank's states of these names.
+            states: a row's states, given directly.
+            edits: ready edits for the whole batch.
+            artifacts: what the methods of `states` share, if a bank does not hold it.
+            strength, dose: how much of each vector: a raw coefficient (1 if neither is given), or a share of the median
+                residual norm. One number, one a row, or a mapping from the states' names to either.
+            prompt_lengths: real tokens of each row's prompt, for bare forward passes. `generate` needs none.
+            unknown_user: "error", or "plain" to leave rows of users without a state unsteered.
+
+        Raises:
+            SteerError: bad input, before anything is bound; or the block made forward passes in which some part of the
+                plan had no effect.
+        """
+        rows, kinds, shared = self._rows(bank, users, names, states, unknown_user)
+        bound = edits_of(
+            self,
+            rows,
+            kinds=kinds,
+            artifacts=shared | {artifact.hash: artifact for artifact in artifacts},
+            strength=strength,
+            dose=dose,
+        )
+        steering = Steering(self, Plan.of(self, [*bound, *edits], len(rows) or _batch_of(edits)), prompt_lengths)
+        steering.open()
+        try:
+            yield steering
+        except BaseException:
+            steering.close(check=False)
+            raise
+        steering.close()
+
+    def _rows(
+        self,
+        bank: Bank | None,
+        users: Sequence[str | None] | None,
+        names: Sequence[str] | None,
+        states: Sequence[States] | None,
+        unknown_user: str,
+    ) -> tuple[list[RowStates], list[tuple[str, UserState]], dict[str, Artifact]]:
+        if (bank is None) != (users is None):
+            raise SteerError("`bank` and `users` belong together: states are looked up by user in a bank")
+        if isinstance(users, str):
+            raise SteerError(f"`users` holds one user a row; write users=[{users!r}]")
+        if unknown_user not in ("error", "plain"):
+            raise SteerError(f'unknown_user={unknown_user!r} is neither "error" nor "plain"')
+        given = [_by_name(state) for state in states or []]
+        if bank is None or users is None:
+            return given, [], {}
+        chosen = bank.names() if names is None else list(names)
+        if missing := [name for name in chosen if name not in bank.names()]:
+            raise SteerError(f"the bank has no states named {missing[0]!r}; it has {', '.join(bank.names()) or 'none'}")
+        rows = rows_of(bank, users, chosen, unknown_user)
+        if given and len(given) != len(rows):
+            raise SteerError(f"{len(rows)} users and {len(given)} rows of states")
+        kinds = kinds_of(bank, chosen)
+        shared = {kind.provenance.artifact for _, kind in kinds} - {None}
+        rows = [{**row, **extra} for row, extra in zip(rows, given or [{}] * len(rows), strict=True)]
+        return rows, kinds, {key: bank.artifact(key) for key in shared if key is not None}
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[Prompt],
+        users: Sequence[str | None] | None = None,
+        bank: Bank | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        states: Sequence[States] | None = None,
+        edits: Sequence[Edit] = (),
+        artifacts: Iterable[Artifact] = (),
+        strength: Amounts | None = None,
+        dose: Amounts | None = None,
+        unknown_user: str = "error",
+        chat: bool | None = None,
+        seeds: Sequence[int] | None = None,
+        streamer: Any = None,
+        **generate: Any,
+    ) -> list[list[int]]:
+        """Like `generate`, but returns the new token ids of each row, up to and without an end-of-text token."""
+        if isinstance(prompts, str):
+            raise SteerError("`prompts` holds one prompt a row; write [prompt]")
+        if not prompts:
+            return []
+        generate = {"max_new_tokens": 64, "pad_token_id": self.pad_token_id} | generate
+        if users is None and states is None and not edits:
+            states = [None] * len(prompts)
+        with self.steered(
+            bank,
+            users,
+            names=names,
+            states=states,
+            edits=edits,
+            artifacts=artifacts,
+            strength=strength,
+            dose=dose,
+            unknown_user=unknown_user,
+        ) as steering:
+            batch = steering.prepare(prompts, chat=chat)
+            output = self.model.generate(
+                **batch, **steering.generate_kwargs(streamer=streamer, seeds=seeds), **generate
+            )
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        ends = generate.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = {ends} if isinstance(ends, int) else set(ends or [])
+        return [_until(row, ends) for row in sequences[:, batch["input_ids"].shape[1] :].tolist()]
+
+    def generate(self, prompts: Sequence[Prompt], *args: Any, **kwargs: Any) -> list[str]:
+        """Answers a batch of prompts, each row in the manner of its own user.
+
+        Args:
+            prompts: texts, chat messages or token ids, one a row.
+            users, bank, names, states, edits, artifacts, strength, dose, unknown_user: as for `steered`.
+            chat: whether texts go through the chat template; if None, whenever the tokenizer has one.
+            seeds: one a row, for sampling (`do_sample=True`) that does not depend on the rest of the batch.
+            streamer: a transformers streamer, for a single prompt.
+            **generate: for transformers' `generate`; 64 new tokens unless `max_new_tokens` says otherwise.
+
+        Returns:
+            The answers, one a row; with `num_return_sequences=n`, n for each row, in order.
+        """
+        if self.tokenizer is None:
+            raise SteerError("this model was wrapped without a tokenizer; use generate_tokens")
+        tokens = self.generate_tokens(prompts, *args, **kwargs)
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def wrap(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    sites: Iterable[Site | str] | None = None,
+) -> FrozenLM:
+    """Prepares a transformers model for reading and steering.
+
+    Args:
+        model: a causal language model that was not compiled yet; wrap first, compile after.
+        tokenizer: its tokenizer; without one, prompts are token ids.
+        sites: where to place hooks; `embed` and all `resid_post` if None. More can be declared until it is compiled.
+
+    Raises:
+        SteerError: the architecture is not described, or the model was compiled or wrapped before.
+    """
+    return FrozenLM(model, tokenizer, sites=sites)
+
+
+def load(name: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> FrozenLM:
+    """Loads and wraps a model.
+
+    Args:
+        name: a short name from `steer models`, a folder, or a hub id.
+        device: "cuda" if there is one, else "cpu", when None.
+        dtype: of the weights; as they are stored when None.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = resolve(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto").to(device)
+    return wrap(model, AutoTokenizer.from_pretrained(path))
+
+
+def uncompile(model: nn.Module) -> None:
+    """Forgets all compiled code of this process, so that a model which was compiled before can be wrapped."""
+    torch._dynamo.reset()
+    vars(model).pop("_compiled_call", None)
+    model._compiled_call_impl = None
+    if model in _WRAPPED:
+        _WRAPPED[model].attachment.traced = False
+
+
+def _by_name(states: States) -> RowStates:
+    if states is None:
+        return {}
+    if isinstance(states, UserState):
+        states = [states]
+    if isinstance(states, Mapping):
+        return states
+    named = {state.provenance.method: state for state in states}
+    if len(named) < len(states):
+        raise SteerError("a row has two states of one method; give them names, {'mine': state, 'hers': state}")
+    return named
+
+
+def _batch_of(edits: Sequence[Edit]) -> int:
+    if not edits:
+        raise SteerError("nothing to steer by: give a bank and users, states, or edits")
+    edit = edits[0]
+    return len(next(value for value in vars(edit).values() if isinstance(value, torch.Tensor)))
+
+
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]

@@ -1,0 +1,219 @@
+"""The plan of a batch: from the states of its users to the edits of its forward passes, validated once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from steer.errors import SteerError, UnknownUser
+from steer.inject import Edit, MemoryEdit, PrefixEdit, ResidualEdit, StreamEdit
+from steer.method import method_of
+from steer.sites import Site
+from steer.state import Artifact, UserState
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steer.bank import Bank
+    from steer.model import FrozenLM
+
+# A row's states by name.
+RowStates = Mapping[str, UserState]
+# One number for all rows, one a row, or either of them by the name of the states.
+Amount = float | Sequence[float]
+Amounts = Amount | Mapping[str, Amount]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The edits of one batch in the order in which they act: streams, prefix, then residual and memory by block."""
+
+    batch: int
+    residual: tuple[ResidualEdit, ...] = ()
+    prefix: PrefixEdit | None = None
+    memory: tuple[MemoryEdit, ...] = ()
+    streams: StreamEdit | None = None
+
+    @classmethod
+    def of(cls, lm: FrozenLM, edits: Iterable[Edit], batch: int) -> Plan:
+        """Sorts and validates edits.
+
+        Raises:
+            SteerError: an edit has another number of rows or another width than the batch and the model, its site does
+                not exist, or two edits contrast streams.
+        """
+        edits = list(edits)
+        residual = tuple(replace(e, site=e.site.canonical()) for e in edits if isinstance(e, ResidualEdit))
+        memory = tuple(replace(e, site=lm.memory_site(e.site)) for e in edits if isinstance(e, MemoryEdit))
+        prefixes = [e for e in edits if isinstance(e, PrefixEdit)]
+        streams = [e for e in edits if isinstance(e, StreamEdit)]
+        for add in residual:
+            _check(f"vectors for {add.site}", add.vectors, batch, lm.width_at(add.site))
+        for prefix in prefixes:
+            _check("prefixes", prefix.embeddings, batch, lm.width_at(Site("embed")))
+        for attend in memory:
+            _check(f"memories for {attend.site}", attend.memory, batch, attend.layer.key.in_features)
+            _check(f"outputs of the cross-attention at {attend.site}", attend.layer.out.weight.T, None, lm.width)
+        if len(streams) > 1:
+            raise SteerError("several states contrast streams in one batch; choose one of them with `names`")
+        for stream in streams:
+            if not len(stream.contexts) == len(stream.lams) == batch:
+                raise SteerError(f"{len(stream.contexts)} contexts and {len(stream.lams)} λ for a batch of {batch}")
+        return cls(
+            batch=batch,
+            residual=residual,
+            prefix=PrefixEdit.concatenate(prefixes) if prefixes else None,
+            memory=memory,
+            streams=streams[0] if streams else None,
+        )
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients are to flow into some edit."""
+        tensors = [edit.vectors for edit in self.residual]
+        tensors += [t for edit in self.memory for t in (edit.memory, *edit.layer.parameters())]
+        tensors += [] if self.prefix is None else [self.prefix.embeddings]
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+    @property
+    def sites(self) -> set[Site]:
+        """Where operators will work."""
+        sites = {edit.site for edit in (*self.residual, *self.memory)}
+        return sites if self.prefix is None else sites | {Site("embed")}
+
+
+def _check(what: str, values: Tensor, rows: int | None, width: int) -> None:
+    if rows is not None and values.shape[0] != rows:
+        raise SteerError(f"{what}: {values.shape[0]} rows for a batch of {rows}")
+    if values.shape[-1] != width:
+        raise SteerError(f"{what} are {values.shape[-1]} wide, the model is {width} wide there")
+    if not torch.isfinite(values).all():
+        raise SteerError(f"{what} hold values that are not finite")
+
+
+def rows_of(
+    bank: Bank, users: Sequence[str | None], names: Sequence[str], unknown_user: str = "error"
+) -> list[RowStates]:
+    """Gathers the states of a batch's users, one user a row; None is a row that stays plain.
+
+    Raises:
+        UnknownUser: a user has no state under any of the names, and `unknown_user` is "error" and not "plain".
+    """
+    known = sorted({user for user in users if user is not None})
+    found: dict[str, dict[str, UserState]] = {user: {} for user in known}
+    for name in names:
+        for user, state in zip(known, bank.get_many(known, name), strict=True):
+            if state is not None:
+                found[user][name] = state
+    strangers = [user for user in known if not found[user]]
+    if strangers and unknown_user == "error":
+        raise UnknownUser(
+            f"{strangers[0]!r} has no state named {' or '.join(names)} in the bank. Fit one, or let such rows be plain "
+            'with unknown_user="plain"'
+        )
+    return [{} if user is None else found[user] for user in users]
+
+
+def kinds_of(bank: Bank, names: Sequence[str]) -> list[tuple[str, UserState]]:
+    """For each name, the kinds of states it has in the bank, each shown by a state of zeros.
+
+    They let the edits of a batch depend on the bank and not on who is in the batch, so that compiled code serves
+    every batch.
+    """
+    return [
+        (name, UserState(provenance, {key: torch.zeros(shape) for key, shape in shapes.items()}))
+        for name, provenance, shapes in bank.templates()
+        if name in names
+    ]
+
+
+def edits_of(
+    lm: FrozenLM,
+    rows: Sequence[RowStates],
+    *,
+    kinds: Iterable[tuple[str, UserState]] = (),
+    artifacts: Mapping[str, Artifact] | None = None,
+    strength: Amounts | None = None,
+    dose: Amounts | None = None,
+) -> list[Edit]:
+    """Binds the states of a batch, all states of one kind at once.
+
+    Args:
+        lm: the model they are for.
+        rows: each row's states by name.
+        kinds: states that show which further kinds to prepare for, as `kinds_of` gives them.
+        artifacts: what the states' methods share, by hash.
+        strength: raw coefficients of residual vectors; 1 if None.
+        dose: the same, in units of the median residual norm at the site.
+
+    Raises:
+        SteerError: a state is from another model, its artifact is missing, strength and dose are both given, or there
+            is no vector for them to scale.
+    """
+    if strength is not None and dose is not None:
+        raise SteerError("strength and dose are two units of the same thing; give one of them")
+    present = [(name, state) for row in rows for name, state in row.items()]
+    likes = {(name, _kind(state)): state for name, state in (*kinds, *present)}
+    edits: list[Edit] = []
+    for (name, kind), like in likes.items():
+        method = method_of(like)
+        own = [row[name] if name in row and _kind(row[name]) == kind else None for row in rows]
+        for state in (like, *own):
+            if state is not None:
+                _require_same_model(lm, name, state)
+        bound = method.bind(lm, own, like, _artifact(like, artifacts or {}))
+        edits += [_scaled(edit, name, len(rows), strength, dose) for edit in bound]
+    if (strength is not None or dose is not None) and not any(isinstance(edit, ResidualEdit) for edit in edits):
+        raise SteerError("strength and dose scale vectors in the residual stream; none of these states has one")
+    for amounts in (strength, dose):
+        if isinstance(amounts, Mapping) and (stray := sorted(set(amounts) - {name for name, _ in likes})):
+            raise SteerError(f"no state is named {stray[0]!r}; there are {', '.join(sorted(n for n, _ in likes))}")
+    return edits
+
+
+def _kind(state: UserState) -> tuple[object, ...]:
+    return state.provenance.method, state.provenance.sites, state.provenance.artifact
+
+
+def _require_same_model(lm: FrozenLM, name: str, state: UserState) -> None:
+    model = state.provenance.model
+    if model is not None and model != lm.fingerprint:
+        raise SteerError(f"the state {name!r} was read from {model}; this model is {lm.fingerprint}")
+
+
+def _artifact(like: UserState, artifacts: Mapping[str, Artifact]) -> Artifact | None:
+    wanted = like.provenance.artifact
+    if wanted is None:
+        return None
+    if wanted not in artifacts:
+        raise SteerError(
+            f"a {like.provenance.method} state needs the artifact {wanted[:10]}…, which is not at hand; put it into "
+            "the bank with bank.put_artifact(...), or pass artifacts=[...]"
+        )
+    return artifacts[wanted]
+
+
+def _scaled(edit: Edit, name: str, batch: int, strength: Amounts | None, dose: Amounts | None) -> Edit:
+    if not isinstance(edit, ResidualEdit):
+        return edit
+    if dose is not None and (amounts := _per_row(dose, name, batch)) is not None:
+        return edit.at_dose(amounts)
+    if strength is not None and (amounts := _per_row(strength, name, batch)) is not None:
+        return edit.at_strength(amounts)
+    return edit
+
+
+def _per_row(amounts: Amounts, name: str, batch: int) -> Tensor | None:
+    if isinstance(amounts, Mapping):
+        return _per_row(amounts[name], name, batch) if name in amounts else None
+    values = torch.as_tensor(amounts, dtype=torch.float32)
+    if values.dim() == 0:
+        values = values.expand(batch)
+    if values.shape != (batch,):
+        raise SteerError(f"{len(values)} strengths or doses for a batch of {batch}")
+    if not torch.isfinite(values).all():
+        raise SteerError(f"strength and dose must be finite, got {values.tolist()}")
+    return values
