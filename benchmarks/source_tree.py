@@ -11,7 +11,12 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"steer": "steer", "steer.kernels": "kernels", "steer.encoders": "encoders", "steer.experiments": "experiments"}
+FOLDERS = {
+    "steer": "steer",
+    "steer.kernels": "kernels",
+    "steer.encoders": "encoders",
+    "steer.experiments": "experiments",
+}
 
 
 class SourceTree:

@@ -131,7 +131,9 @@ class Attachment:
     def _place(self, slot: Slot) -> RemovableHandle:
         name, layer, paths = slot.site.name, slot.site.layer, self.architecture
         if layer is not None and layer >= len(self.blocks):
-            raise SteerError(f"{slot.site}: the model has {len(self.blocks)} layers, the last one is {len(self.blocks) - 1}")
+            raise SteerError(
+                f"{slot.site}: the model has {len(self.blocks)} layers, the last one is {len(self.blocks) - 1}"
+            )
         if name == "embed":
             return _on_output(self.decoder.get_submodule(paths.embed), slot)
         if name == "ln_final":
@@ -176,11 +178,12 @@ def _positions(arguments: dict[str, Any]) -> Int[Tensor, "row pos"]:
     ids, mask = arguments.get("position_ids"), arguments.get("attention_mask")
     if ids is not None:
         return ids.expand(rows, -1)
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     cache = arguments.get("past_key_values")
-    past = 0 if cache is None else cache.get_seq_length()
-    return (torch.arange(length, device=tokens.device) + past).expand(rows, -1)
+    columns = torch.arange(length, device=tokens.device) + (0 if cache is None else cache.get_seq_length())
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        # With a static cache the mask is as long as the cache, so these are not its last columns.
+        return (mask.long().cumsum(-1) - 1).clamp(min=0).index_select(1, columns)
+    return columns.expand(rows, -1)
 
 
 def _on_output(module: nn.Module, slot: Slot) -> RemovableHandle:

@@ -7,6 +7,7 @@ tokens than Gemma was trained on. Here one file gives the same bytes everywhere.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     if template := _read(reader, "tokenizer.chat_template", None):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     save_file(_weights(reader, architecture, config), folder / "model.safetensors", {"format": "pt"})
+    # safetensors lets only the owner read it, whatever the umask says; a cache may be shared.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 _REQUIRED = object()

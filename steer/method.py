@@ -66,5 +66,3 @@ def method_of(state: UserState) -> type[Method]:
             f"{method.version}; fit it again"
         )
     return method
-
-

@@ -6,14 +6,14 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from steer.architectures import architecture_of
 from steer.attach import Attachment
-from steer.embedded import resolve
+from steer.embedded import EMBEDDED, resolve
 from steer.errors import SteerError
 from steer.inject import Edit
 from steer.plan import Amounts, Plan, RowStates, edits_of, kinds_of, rows_of
@@ -22,7 +22,8 @@ from steer.state import Artifact, Fingerprint, UserState
 from steer.steering import Operators, Steering
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from steer.bank import Bank
 
@@ -31,7 +32,8 @@ Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 # A row's states: none, one, several, or several by name.
 States = UserState | Sequence[UserState] | RowStates | None
 
-_WRAPPED: weakref.WeakKeyDictionary[nn.Module, FrozenLM] = weakref.WeakKeyDictionary()
+# The hooks keep an attachment alive for as long as its model. A strong reference would keep both alive forever.
+_WRAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 _SAMPLED_WEIGHTS = 256
 _ARCHITECTURE_KEYS = (
     "model_type",
@@ -67,11 +69,13 @@ class FrozenLM:
         if model in _WRAPPED:
             raise SteerError("this model is wrapped already; use that FrozenLM, or close() it first")
         self.model, self.tokenizer = model, tokenizer
-        self.attachment = Attachment(model, architecture_of(model.base_model.config))
-        self.width: int = model.get_input_embeddings().embedding_dim
+        self._embedding = cast(nn.Embedding, model.get_input_embeddings())
+        self._config = cast("PreTrainedConfig", model.base_model.config)
+        self.attachment = Attachment(model, architecture_of(self._config))
+        self.width = self._embedding.embedding_dim
         self.n_layers = len(self.attachment.blocks)
         self.operators = Operators(prefix_start=1 if self._adds_bos else 0)
-        self._was_training = model.training
+        self._training = [module for module in model.modules() if module.training]
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.eval()
         for parameter in self._trainable:
@@ -82,7 +86,7 @@ class FrozenLM:
         except SteerError:
             self.close()
             raise
-        _WRAPPED[model] = self
+        _WRAPPED[model] = weakref.ref(self.attachment)
 
     def declare(self, *sites: Site | str) -> None:
         """Prepares sites for reading and steering; `embed` and all `resid_post` are, unless told otherwise.
@@ -95,10 +99,11 @@ class FrozenLM:
     def close(self) -> None:
         """Removes every hook and leaves the model as it was. Closing twice does nothing."""
         self.attachment.remove()
-        self.model.train(self._was_training)
+        for module in self._training:
+            module.training = True
         for parameter in self._trainable:
             parameter.requires_grad_(True)
-        self._trainable = []
+        self._training, self._trainable = [], []
         _WRAPPED.pop(self.model, None)
 
     def __enter__(self) -> FrozenLM:
@@ -112,7 +117,7 @@ class FrozenLM:
     @property
     def device(self) -> torch.device:
         """Where the token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        return self._embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,7 +136,8 @@ class FrozenLM:
             return self.width
         projection = self.attachment.blocks[site.layer].get_submodule(self.attachment.architecture.z)
         # GPT-2's Conv1D keeps its weight as [in, out].
-        return getattr(projection, "in_features", None) or projection.weight.shape[0]
+        weight = cast("Tensor", projection.weight)
+        return projection.in_features if isinstance(projection, nn.Linear) else weight.shape[0]
 
     def memory_site(self, site: Site) -> Site:
         """Where cross-attention for `site` enters: after the block if attention and feed-forward are parallel."""
@@ -142,8 +148,7 @@ class FrozenLM:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Architecture and sampled weights, independent of dtype and device."""
-        config = self.model.base_model.config
-        shape = {key: getattr(config, key, None) for key in _ARCHITECTURE_KEYS}
+        shape = {key: getattr(self._config, key, None) for key in _ARCHITECTURE_KEYS}
         parameters = [p for _, p in sorted(self.model.base_model.named_parameters()) if p.is_floating_point()]
         # Spread over parameters and within them; the multiplier is Knuth's, prime to every size.
         samples = [
@@ -152,7 +157,7 @@ class FrozenLM:
             if (size := parameters[i * len(parameters) // _SAMPLED_WEIGHTS].numel())
         ]
         words = torch.stack(samples).to(torch.bfloat16).view(torch.int16).tolist()
-        name = f"{config.model_type}-{self.n_layers}x{self.width}"
+        name = f"{self._config.model_type}-{self.n_layers}x{self.width}"
         return Fingerprint(name, repr(sorted(shape.items())), tuple(word & 0xFFFF for word in words))
 
     # Text to tokens.
@@ -164,7 +169,7 @@ class FrozenLM:
 
     @property
     def placeholder_id(self) -> int:
-        """What stands in the prompt where soft tokens go. Not EOS if it can be helped: penalties count prompt tokens."""
+        """What stands in the prompt where soft tokens go. Not EOS if it can be helped: penalties count prompts."""
         if self.tokenizer is not None and self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
             return self._first_token_id("bos_token_id", "eos_token_id")
         return self.pad_token_id
@@ -210,7 +215,11 @@ class FrozenLM:
             if last is None:
                 raise SteerError("a context goes into the user's turn, and there is none")
             last["content"] = f"{context} {last['content']}"
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        # transformers 5 returns a mapping; its type hints also allow for the ids alone.
+        encoded = cast(
+            "Mapping[str, list[int]]", self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        )
+        return encoded["input_ids"]
 
     # Steering.
 
@@ -289,7 +298,7 @@ class FrozenLM:
         rows = rows_of(bank, users, chosen, unknown_user)
         if given and len(given) != len(rows):
             raise SteerError(f"{len(rows)} users and {len(given)} rows of states")
-        kinds = kinds_of(bank, chosen)
+        kinds = kinds_of(self, bank, chosen)
         shared = {kind.provenance.artifact for _, kind in kinds} - {None}
         rows = [{**row, **extra} for row, extra in zip(rows, given or [{}] * len(rows), strict=True)]
         return rows, kinds, {key: bank.artifact(key) for key in shared if key is not None}
@@ -332,7 +341,7 @@ class FrozenLM:
             unknown_user=unknown_user,
         ) as steering:
             batch = steering.prepare(prompts, chat=chat)
-            output = self.model.generate(
+            output = cast(Any, self.model).generate(
                 **batch, **steering.generate_kwargs(streamer=streamer, seeds=seeds), **generate
             )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -389,9 +398,12 @@ def load(name: str, *, device: str | torch.device | None = None, dtype: torch.dt
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if name in EMBEDDED and EMBEDDED[name].kind != "causal-lm":
+        raise SteerError(f"{name} is a {EMBEDDED[name].kind}, not a language model that could be steered")
     path = resolve(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto").to(device)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+    cast(nn.Module, model).to(device)
     return wrap(model, AutoTokenizer.from_pretrained(path))
 
 
@@ -400,8 +412,9 @@ def uncompile(model: nn.Module) -> None:
     torch._dynamo.reset()
     vars(model).pop("_compiled_call", None)
     model._compiled_call_impl = None
-    if model in _WRAPPED:
-        _WRAPPED[model].attachment.traced = False
+    attachment = _WRAPPED[model]() if model in _WRAPPED else None
+    if attachment is not None:
+        attachment.traced = False
 
 
 def _by_name(states: States) -> RowStates:

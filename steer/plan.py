@@ -81,7 +81,7 @@ class Plan:
     @property
     def sites(self) -> set[Site]:
         """Where operators will work."""
-        sites = {edit.site for edit in (*self.residual, *self.memory)}
+        sites = {edit.site for edit in self.residual} | {edit.site for edit in self.memory}
         return sites if self.prefix is None else sites | {Site("embed")}
 
 
@@ -117,8 +117,8 @@ def rows_of(
     return [{} if user is None else found[user] for user in users]
 
 
-def kinds_of(bank: Bank, names: Sequence[str]) -> list[tuple[str, UserState]]:
-    """For each name, the kinds of states it has in the bank, each shown by a state of zeros.
+def kinds_of(lm: FrozenLM, bank: Bank, names: Sequence[str]) -> list[tuple[str, UserState]]:
+    """For each name, the kinds of states for this model that it has in the bank, each shown by a state of zeros.
 
     They let the edits of a batch depend on the bank and not on who is in the batch, so that compiled code serves
     every batch.
@@ -126,7 +126,7 @@ def kinds_of(bank: Bank, names: Sequence[str]) -> list[tuple[str, UserState]]:
     return [
         (name, UserState(provenance, {key: torch.zeros(shape) for key, shape in shapes.items()}))
         for name, provenance, shapes in bank.templates()
-        if name in names
+        if name in names and provenance.model in (None, lm.fingerprint)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -164,10 +165,8 @@ def _run(lm: FrozenLM, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
     length = max(len(span.ids) for span in spans)
     ids = torch.tensor([[*span.ids, *[lm.pad_token_id] * (length - len(span.ids))] for span in spans])
     mask = torch.tensor([[1] * len(span.ids) + [0] * (length - len(span.ids)) for span in spans])
-    try:
+    with suppress(_Enough):
         lm.attachment.decoder(input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
-    except _Enough:
-        pass
     return torch.tensor([span.start for span in spans]), torch.tensor([span.end for span in spans])
 
 

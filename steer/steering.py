@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,8 @@ class Operators:
 
     def clear(self) -> None:
         """Erases whatever is left of the users' states."""
-        for operator in (*self.adding.values(), *self.attending.values(), self.overwriting):
+        operators: list[AddVectors | AttendToMemory | OverwriteEmbeddings] = [self.overwriting]
+        for operator in [*operators, *self.adding.values(), *self.attending.values()]:
             operator.clear()
 
 
@@ -55,7 +57,7 @@ class Steering:
         self._given_lengths = prompt_lengths
         self._contrasts: list[list[int] | None] | None = None
         self._prepared: tuple[Tensor, Tensor] | None = None
-        self._forwards = 0
+        self._ran = False
         self._rows: Rows | None = None
         self._owners = torch.arange(plan.batch, device=lm.device)
         # Autograd keeps what a step computed until its backward pass, so training does not reuse buffers.
@@ -83,22 +85,29 @@ class Steering:
             raise
 
     def close(self, *, check: bool = True) -> None:
-        """Gives the model back as it was.
+        """Gives the model back as it was. Warns if no forward pass was made.
 
         Raises:
             SteerError: forward passes were made, and a part of the plan never took part in one.
         """
         self._pool.clear()
         self.lm.attachment.unbind()
-        if check and self._forwards:
+        if check and self._ran:
             self._report_idle()
+        elif check:
+            warnings.warn(
+                "the steered block ended without a forward pass of the model that could be steered; was the model "
+                "compiled before it was wrapped?",
+                # The line after the caller's `with`: past close, steered and contextlib.
+                stacklevel=4,
+            )
 
     def _assemble(self) -> dict[Site, tuple[Operator, ...]]:
         pool, plan = self._pool, self.plan
         self._gates: dict[str, Gate] = {}
         self._adding: dict[tuple[Site, str], AddVectors] = {}
         self._attending: list[AttendToMemory] = []
-        working: dict[Site, list[Operator]] = {site: [] for site in plan.sites}
+        working: dict[Site, list[AddVectors | AttendToMemory | OverwriteEmbeddings]] = {site: [] for site in plan.sites}
         if plan.prefix is not None:
             working[Site("embed")].append(pool.overwriting)
         for add in plan.residual:
@@ -110,8 +119,8 @@ class Steering:
         for i, attend in enumerate(plan.memory):
             self._attending.append(pool.attending.setdefault((attend.site, i), AttendToMemory()))
             working[attend.site].append(self._attending[-1])
-        for operator in (*self._adding.values(), *self._attending, pool.overwriting):
-            operator.fired = False
+        for bound in (operator for operators in working.values() for operator in operators):
+            bound.fired = False
         return {site: tuple(operators) for site, operators in working.items()}
 
     def _load(self, rows: Rows) -> None:
@@ -156,7 +165,8 @@ class Steering:
 
     def begin(self, positions: Int[Tensor, "row pos"]) -> None:
         """Computes once what the operators of this forward pass share."""
-        self._forwards += 1
+        # Not a count: compiled code would guard on its value.
+        self._ran = True
         assert self._rows is not None
         if positions.shape[0] != len(self._rows):
             raise SteerError(
@@ -190,7 +200,9 @@ class Steering:
         if len(prompts) != self.plan.batch:
             raise SteerError(f"{len(prompts)} prompts for a batch of {self.plan.batch}")
         contexts = streams.contexts if streams is not None else [None] * len(prompts)
-        rows = [self._with_prefix(row, lm.encode(p, context=c, chat=chat)) for row, (p, c) in _numbered(prompts, contexts)]
+        rows = [
+            self._with_prefix(row, lm.encode(p, context=c, chat=chat)) for row, (p, c) in _numbered(prompts, contexts)
+        ]
         self._contrasts = [
             None if c is None else self._with_prefix(row, lm.encode(p, chat=chat))
             for row, (p, c) in _numbered(prompts, contexts)
@@ -215,7 +227,12 @@ class Steering:
 
         # transformers tells a decoding method's own arguments by its signature, so there are none here but its own.
         def decode(
-            model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kw: Any
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: Any,
+            **kw: Any,
         ) -> Any:
             return self._decode(
                 model, input_ids, logits_processor, stopping_criteria, generation_config, kw, streamer, seeds
@@ -272,7 +289,9 @@ class Steering:
 
     def _validate(self, mode: GenerationMode, input_ids: Tensor, copies: int, seeds: Sequence[int] | None) -> None:
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH):
-            raise SteerError(f"{mode.value.replace('_', ' ')} is not supported under steering yet; use greedy, sampling or beams")
+            raise SteerError(
+                f"{mode.value.replace('_', ' ')} is not supported under steering yet; use greedy, sampling or beams"
+            )
         if input_ids.shape[0] != self.plan.batch * copies:
             raise SteerError(f"{input_ids.shape[0] // copies} prompts for {self.plan.batch} bound rows")
         if seeds is not None and (mode != GenerationMode.SAMPLE or len(seeds) != self.plan.batch):
@@ -304,7 +323,7 @@ class Steering:
         cache = kwargs.pop("past_key_values", None)
         if cache is not None and getattr(cache, "_is_user_defined", False):
             raise SteerError("contrasted streams start from the prompt; a cache of your own cannot be continued")
-        rows, length = streams.input_ids.shape
+        rows = len(streams.input_ids)
         model._prepare_cache_for_generation(
             config, kwargs, mode, rows // copies, config.max_length - 1 + streams.padding
         )
@@ -321,7 +340,9 @@ class Steering:
             self._load(self._plain_rows())
 
 
-def _numbered(prompts: Sequence[Prompt], contexts: Sequence[str | None]) -> Iterator[tuple[int, tuple[Prompt, str | None]]]:
+def _numbered(
+    prompts: Sequence[Prompt], contexts: Sequence[str | None]
+) -> Iterator[tuple[int, tuple[Prompt, str | None]]]:
     return enumerate(zip(prompts, contexts, strict=True))
 
 

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ from steer.state import Artifact, Fingerprint, Provenance, UserState
 MODEL = Fingerprint("tiny", '{"hidden_size": 4}', tuple(range(256)))
 OTHER = Fingerprint("other", '{"hidden_size": 8}', tuple(range(256)))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64]
+
+# Hundreds of commits, each of which waits for the disk several times: in memory where there is such a folder.
+FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -77,8 +80,9 @@ def in_child(work: Callable[[], None]) -> int:
 
 
 @pytest.fixture
-def bank(tmp_path: Path) -> Bank:
-    return Bank(tmp_path / "people.bank")
+def bank() -> Iterator[Bank]:
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
+        yield Bank(Path(folder) / "people.bank")
 
 
 # What is stored comes back
@@ -171,7 +175,7 @@ states = st.builds(UserState, provenances, tensors, st.dictionaries(st.text(max_
 @given(commits=st.lists(st.dictionaries(st.tuples(users, names), states, max_size=5), max_size=4))
 def test_a_bank_is_a_dictionary(commits: list[dict[tuple[str, str], UserState]]) -> None:
     expected: dict[tuple[str, str], UserState] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
         bank = Bank(folder)
         for commit in commits:
             bank.update(commit)

@@ -26,6 +26,7 @@ from steer.state import Fingerprint, Provenance
 # `kinds` repeats the name, and leaves settings out, so that it stays small: whoever asks what may occur in the bank
 # need not scan millions of entries.
 _SCHEMA = """
+BEGIN;
 CREATE TABLE models (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL);
 CREATE TABLE segments (id INTEGER PRIMARY KEY, file TEXT NOT NULL UNIQUE);
 CREATE TABLE kinds (
@@ -39,6 +40,7 @@ CREATE TABLE entries (
     UNIQUE (user, name)
 );
 CREATE INDEX entries_by_kind ON entries (kind);
+COMMIT;
 """
 
 _ENTRIES = """

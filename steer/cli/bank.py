@@ -41,7 +41,9 @@ def ls(
 def show(
     folder: Folder,
     user: Annotated[str, typer.Argument(help="Whose state.")],
-    name: Annotated[str | None, typer.Argument(help="Its name; all of the user's states without it.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Its name; all of the user's states without it.", show_default=False)
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Show one user's states: where they came from, and their numbers."""
@@ -82,7 +84,11 @@ def _describe(state: Any) -> dict[str, Any]:
         "calibration": dict(source.calibration),
         "artifact": source.artifact or "none",
         "tensors": {
-            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "norm": round(tensor.float().norm().item(), 4)}
+            name: {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype),
+                "norm": round(tensor.float().norm().item(), 4),
+            }
             for name, tensor in state.tensors.items()
         },
         "data": dict(state.data),

@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from steer import Bank, FrozenLM, History, StyleVector
 
 LAYER = 14
-STRENGTH = 2.0
-HELD_OUT = 2
+STRENGTH = 2.5
+REPETITION_PENALTY = 1.15
+# What makes an answer visibly somebody's is too much to make exact texts likelier.
+SCORED_STRENGTH = 0.75
+HELD_OUT = 3
 CONTEXT = "I am seven years old and I love dinosaurs."
 LAMBDA = 1.5
 
 
 def demo(
-    prompt: Annotated[str, typer.Option(help="What everybody answers.")] = "Describe your walk to work this morning.",
+    prompt: Annotated[str, typer.Option(help="What everybody answers.")] = "Tell me about the last meal you cooked.",
     out: Annotated[Path, typer.Option(help="Folder for the bank and the figure.")] = Path("steer-demo"),
     max_new_tokens: Annotated[int, typer.Option(min=8)] = 48,
     device: options.Device = None,
@@ -61,7 +64,13 @@ def _show_answers(lm: FrozenLM, bank: Bank, users: list[str], prompt: str, max_n
     states: list[Any] = [None] * (len(rows) - 1) + [CoS(lam=LAMBDA).state(CONTEXT)]
     with options.err.status("answering for everybody in one batch"):
         answers = lm.generate(
-            [prompt] * len(rows), rows, bank, states=states, strength=STRENGTH, max_new_tokens=max_new_tokens
+            [prompt] * len(rows),
+            rows,
+            bank,
+            states=states,
+            strength=STRENGTH,
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=REPETITION_PENALTY,
         )
     table = Table("who", "answer", title=prompt, show_lines=True)
     for who, answer in zip(["[dim]plain[/dim]", *users, f"CoS, λ = {LAMBDA}:\n“{CONTEXT}”"], answers, strict=True):
@@ -77,7 +86,7 @@ def _show_timing(lm: FrozenLM, bank: Bank, users: list[str], prompt: str, tokens
         for _ in range(rounds):
             for arm, row in arms.items():
                 start = time.perf_counter()
-                source = {"bank": bank, "users": row} if arm == "steered" else {}
+                source: dict[str, Any] = {"bank": bank, "users": row} if arm == "steered" else {}
                 lm.generate_tokens(prompts, **source, min_new_tokens=tokens, max_new_tokens=tokens)
                 seconds[arm].append(time.perf_counter() - start)
     plain, steered = (statistics.median(seconds[arm]) / tokens * 1000 for arm in arms)
@@ -97,14 +106,15 @@ def _draw(path: Path, lm: FrozenLM, bank: Bank, method: StyleVector, held_out: l
     spans = [record_span(lm, record) for history in held_out for record in history]
     writers = torch.tensor([i for i, history in enumerate(held_out) for _ in history])
     vectors = torch.stack([state.tensors[str(site)] for state in bank.get_many(users, "style") if state is not None])
-    change = _likelihoods(lm, spans, STRENGTH * vectors, site) - _likelihoods(lm, spans, 0 * vectors[:1], site)
+    plain, steered = (_losses(lm, spans, v, site) for v in (0 * vectors[:1], SCORED_STRENGTH * vectors))
+    change = steered - plain
     by_writer = torch.stack([change[writers == i].mean(0) for i in range(len(users))])
     texts = read(lm, spans, [site], pool=method.pool)[site].pooled - method.population[site]
-    style_figure(path, users, by_writer, vectors, texts, writers)
+    style_figure(path, users, by_writer, vectors, texts, writers, strength=SCORED_STRENGTH)
 
 
-def _likelihoods(lm: FrozenLM, spans: list[Any], vectors: Tensor, site: Any) -> Tensor:
-    """Nats per token of each span under each vector, `[span, vector]`."""
+def _losses(lm: FrozenLM, spans: list[Any], vectors: Tensor, site: Any) -> Tensor:
+    """−log p of each span, in nats per token, under each vector, `[span, vector]`."""
     import torch
 
     from steer import ResidualEdit

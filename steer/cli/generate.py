@@ -22,29 +22,51 @@ CONTEXT_ROW = "(context)"
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")],
     model: options.Model = "smollm2-135m",
-    bank: Annotated[Path | None, typer.Option("--bank", "-b", help="The folder of the bank.", show_default=False)] = None,
-    user: Annotated[list[str] | None, typer.Option("--user", "-u", help="Whose states to use; repeat for more rows.",
-                                                   show_default=False)] = None,
-    name: Annotated[list[str] | None, typer.Option(help="Only states of this name; may be repeated.",
-                                                   show_default=False)] = None,
-    strength: Annotated[float | None, typer.Option(help="Coefficient of the vectors; 1 if neither it nor --dose is given.",
-                                                   show_default=False)] = None,
-    dose: Annotated[float | None, typer.Option(help="The same, as a share of the residual norm at the site.",
-                                               show_default=False)] = None,
-    context: Annotated[str | None, typer.Option(help="Something about the user, put in front of the prompt of every row "
-                                                     "but the plain one, and amplified by --lambda.",
-                                                show_default=False)] = None,
-    lam: Annotated[float, typer.Option("--lambda", help="CoS: -1 ignores the context, 0 is plain prompting with it, more "
-                                                        "amplifies it.")] = 1.0,
+    bank: Annotated[
+        Path | None, typer.Option("--bank", "-b", help="The folder of the bank.", show_default=False)
+    ] = None,
+    user: Annotated[
+        list[str] | None,
+        typer.Option("--user", "-u", help="Whose states to use; repeat for more rows.", show_default=False),
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Only states of this name; may be repeated.", show_default=False)
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Coefficient of the vectors; 1 if neither it nor --dose is given.", show_default=False),
+    ] = None,
+    dose: Annotated[
+        float | None, typer.Option(help="The same, as a share of the residual norm at the site.", show_default=False)
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            help="Something about the user, put in front of the prompt of every row "
+            "but the plain one, and amplified by --lambda.",
+            show_default=False,
+        ),
+    ] = None,
+    lam: Annotated[
+        float,
+        typer.Option("--lambda", help="CoS: -1 ignores the context, 0 is plain prompting with it, more amplifies it."),
+    ] = 1.0,
     unknown_user: Annotated[str, typer.Option(help="error, or plain for rows of users without states.")] = "error",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float | None, typer.Option(help="Sample instead of taking the likeliest token.",
-                                                      show_default=False)] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.",
-                                                show_default=False)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample instead of taking the likeliest token.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(help="For sampling; row r draws from seed + r.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
-    stream: Annotated[bool, typer.Option("--stream", help="Show the one answer as it is written, without a plain one.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Show the one answer as it is written, without a plain one.")
+    ] = False,
     as_json: options.Json = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -99,8 +121,7 @@ def generate(
             "prompt": prompt,
             "seconds": seconds,
             "rows": [
-                {"user": row, "text": text, "tokens": ids}
-                for row, text, ids in zip(rows, answers, tokens, strict=True)
+                {"user": row, "text": text, "tokens": ids} for row, text, ids in zip(rows, answers, tokens, strict=True)
             ],
         }
         print(json.dumps(result, ensure_ascii=False))
@@ -124,5 +145,6 @@ def _sampling(temperature: float | None, top_p: float | None, seed: int, rows: i
 def _stream(lm: FrozenLM, prompt: str, arguments: dict[str, Any]) -> None:
     from transformers import TextStreamer
 
+    assert lm.tokenizer is not None
     streamer = TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
     lm.generate_tokens([prompt], streamer=streamer, **arguments)

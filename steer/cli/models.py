@@ -9,7 +9,9 @@ from rich.table import Table
 
 from steer.cli import options
 
-models = typer.Typer(help="List and fetch the models that need neither a hub nor an account.", invoke_without_command=True)
+models = typer.Typer(
+    help="List and fetch the models that need neither a hub nor an account.", invoke_without_command=True
+)
 
 
 @models.callback()

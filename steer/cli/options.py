@@ -19,7 +19,8 @@ out = Console()
 err = Console(stderr=True)
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="A short name (see `steer models`), a folder, or a hub id.", show_default=True)
+    str,
+    typer.Option("--model", "-m", help="A short name (see `steer models`), a folder, or a hub id.", show_default=True),
 ]
 BankPath = Annotated[Path, typer.Option("--bank", "-b", help="The folder of the bank.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there is one.", show_default=False)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 
@@ -47,9 +47,7 @@ class PrefixTuning(Method):
     batch: int = 8
     seed: int = 0
 
-    def fit(
-        self, lm: FrozenLM, history: History, on_step: Callable[[int, float], None] | None = None
-    ) -> UserState:
+    def fit(self, lm: FrozenLM, history: History, on_step: Callable[[int, float], None] | None = None) -> UserState:
         """Trains one user's prefix, starting from random rows of the model's own embedding table.
 
         Args:
@@ -98,7 +96,7 @@ class PrefixTuning(Method):
 
 def _random_tokens(lm: FrozenLM, length: int, generator: torch.Generator) -> torch.Tensor:
     """Soft tokens drawn from the embedding layer, so that they have the scale that the model knows."""
-    embed = lm.model.get_input_embeddings()
+    embed = cast(torch.nn.Embedding, lm.model.get_input_embeddings())
     ids = torch.randint(embed.num_embeddings, (length,), generator=generator).to(lm.device)
     with torch.no_grad():
         return embed(ids).float().cpu().clone()

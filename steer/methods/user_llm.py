@@ -154,7 +154,9 @@ def _layers(artifact: Artifact) -> dict[Site, GatedCrossAttention]:
     layers: dict[Site, GatedCrossAttention] = {}
     for text in artifact.settings["sites"]:
         weights: dict[str, Any] = {
-            key.removeprefix(f"{text}."): tensor for key, tensor in artifact.tensors.items() if key.startswith(f"{text}.")
+            key.removeprefix(f"{text}."): tensor
+            for key, tensor in artifact.tensors.items()
+            if key.startswith(f"{text}.")
         }
         inner, width = weights["query.weight"].shape
         heads = artifact.settings["heads"]

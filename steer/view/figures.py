@@ -22,6 +22,8 @@ def style_figure(
     vectors: Float[Tensor, "user d"],
     texts: Float[Tensor, "text d"],
     writers: Int[Tensor, " text"],
+    *,
+    strength: float,
 ) -> None:
     """Draws whether style vectors are personal: what each does to everybody's texts, and where the texts lie.
 
@@ -32,6 +34,7 @@ def style_figure(
         vectors: the style vectors.
         texts: pooled hidden states of texts that no vector was fitted on, minus their neutral.
         writers: who wrote them.
+        strength: at which `change` was measured.
     """
     try:
         from matplotlib.figure import Figure
@@ -40,6 +43,7 @@ def style_figure(
     figure = Figure(figsize=(12.5, 5.4), layout="constrained")
     table, plane = figure.subplots(1, 2)
     image = _draw_change(table, users, change)
+    table.set_title(f"Does a style make its owner's texts likelier? (strength {strength:g})", fontsize=11)
     figure.colorbar(image, ax=table, label="change of nats per token (green: likelier)", shrink=0.85)
     _draw_plane(plane, users, vectors, texts, writers)
     figure.savefig(path, dpi=130)
@@ -51,10 +55,11 @@ def _draw_change(axes: Any, users: Sequence[str], change: Tensor) -> Any:
     for i in range(len(users)):
         for j in range(len(users)):
             weight = "bold" if i == j else "normal"
-            axes.text(j, i, f"{change[i, j]:+.2f}", ha="center", va="center", fontsize=10, fontweight=weight)
+            colour = "white" if change[i, j].abs() > 0.6 * limit else "black"
+            axes.text(j, i, f"{change[i, j]:+.2f}", ha="center", va="center", color=colour, fontweight=weight)
     axes.set_xticks(range(len(users)), users, rotation=30, ha="right")
     axes.set_yticks(range(len(users)), users)
-    axes.set(xlabel="steered as", ylabel="later texts of", title="Does a style make its owner's texts likelier?")
+    axes.set(xlabel="steered as", ylabel="later texts of")
     return image
 
 
@@ -69,7 +74,11 @@ def _draw_plane(axes: Any, users: Sequence[str], vectors: Tensor, texts: Tensor,
         axes.annotate(
             "", xy=arrows[i].tolist(), xytext=(0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2}
         )
+    # Arrows do not count when matplotlib chooses the limits.
+    axes.update_datalim(arrows.tolist())
+    axes.autoscale_view()
     axes.axhline(0, color="0.85", zorder=0)
     axes.axvline(0, color="0.85", zorder=0)
-    axes.legend(title="dots: later texts\narrows: style vectors", fontsize=9, title_fontsize=9)
-    axes.set(title="Where they lie in the residual stream", xlabel="first direction", ylabel="second direction")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.set_title("Style vectors (arrows) and later texts (dots) in the residual stream", fontsize=11)
+    axes.set(xlabel="first direction", ylabel="second direction")

@@ -1,0 +1,52 @@
+"""Fixtures: each architecture in turn, as a fresh tiny model, wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import ARCHITECTURES, tiny, tokenizer
+
+import steer
+
+# The models are so small that more threads only get in each other's way.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def lm(arch: str) -> Iterator[steer.FrozenLM]:
+    with steer.wrap(tiny(arch), tokenizer()) as lm:
+        yield lm
+
+
+@pytest.fixture
+def llama() -> Iterator[steer.FrozenLM]:
+    """For what does not depend on the architecture."""
+    with steer.wrap(tiny("llama"), tokenizer()) as lm:
+        yield lm
+
+
+@pytest.fixture
+def histories() -> list[steer.History]:
+    """Two people who answer the same three prompts, each in a way of their own."""
+    prompts = ["greet me", "the weather?", "say bye"]
+    answers = {
+        "ann": ["HELLO HELLO!!", "RAIN! RAIN! RAIN!", "BYE BYE NOW!!"],
+        "bob": ["well, good day to you.", "it is, as ever, a little grey.", "farewell, then."],
+    }
+    return [
+        steer.History(
+            user,
+            tuple(
+                steer.Record(user, answer, prompt, fields={"bland": "ok, fine"})
+                for prompt, answer in zip(prompts, own, strict=True)
+            ),
+        )
+        for user, own in answers.items()
+    ]

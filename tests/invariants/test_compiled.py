@@ -1,0 +1,235 @@
+"""Under torch.compile there is one graph, no break, and no recompilation when users, strengths or λ change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from models import ARCHITECTURES, WIDTH, tiny, tokenizer
+from rows import MEMORY_WIDTH, Generated, Row, assert_close, cross_attention, edits_of, generate
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, PreTrainedModel
+
+import steer
+
+PROMPTS = ["a prompt", "x", "another, longer one", "the last"]
+MIDDLE = steer.Site("resid_mid", 1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def batch(seed: int, slots: Sequence[int] = (4, 3)) -> list[Row]:
+    """Rows of other users for the same prompts: so many tokens of memory and prefix in row 0, and fewer in others."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, width: int) -> Tensor:
+        return torch.randn(rows, width, generator=generator)
+
+    rows = [
+        Row(
+            prompt,
+            vector=2 * normal(2, WIDTH),
+            memory=normal(slots[0] if i == 0 else min(i, slots[0]), MEMORY_WIDTH),
+            prefix=normal(slots[1] if i == 0 else min((seed + i) % 3, slots[1]), WIDTH),
+            context=f"context {i}",
+            lam=float(i - seed),
+        )
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    nobody = 1 + seed % 3
+    rows[nobody] = Row(PROMPTS[nobody])
+    return rows
+
+
+def prepared(name: str) -> steer.FrozenLM:
+    lm = steer.wrap(tiny(name), tokenizer(), sites=["embed", "resid_post[0]", "resid_post[1]"])
+    lm.declare(lm.memory_site(MIDDLE))
+    return lm
+
+
+def forward(lm: steer.FrozenLM, call, rows: Sequence[Row]) -> Tensor:  # type: ignore[no-untyped-def]
+    """Logits of one forward pass over 24 tokens, whatever of them belongs to the rows' prompts."""
+    edits = edits_of(rows, cross_attention())[:-1]
+    ids = torch.randint(5, 100, (len(rows), 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    arguments = {"input_ids": ids, "attention_mask": mask}
+    if lm.attachment.architecture.takes_position_ids:
+        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), lm.steered(edits=edits, prompt_lengths=[10 + i for i in range(len(rows))]):
+        return call(**arguments, use_cache=False).logits
+
+
+def buffers(lm: steer.FrozenLM) -> list[int]:
+    pool = lm.operators
+    tensors = [adding.vectors for adding in pool.adding.values()]
+    tensors += [gate.first for gate in pool.gates.values()]
+    tensors += [t for attending in pool.attending.values() for t in (attending.keys, attending.values, attending.visible)]
+    tensors += [pool.overwriting.values, pool.overwriting.lengths]
+    return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+
+
+def test_a_forward_pass_is_one_graph_for_all_users(arch: str) -> None:
+    lm, counter = prepared(arch), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lm.model.forward, backend=counter, fullgraph=True)
+    results, places = [], []
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(4):
+            results.append(forward(lm, compiled, batch(seed)))
+            places.append(buffers(lm))
+            forward(lm, compiled, batch(seed))
+        rows = batch(0)
+        weaker = [replace(row, vector=None if row.vector is None else 0.1 * row.vector) for row in rows]
+        results.append(forward(lm, compiled, weaker))
+    assert counter.frame_count == 1
+    # The same buffers, with other values.
+    assert len(places[0]) == 9
+    assert places == [places[0]] * 4
+    for result, rows in zip(results, [*map(batch, range(4)), weaker], strict=True):
+        assert_close(result, forward(lm, lm.model, rows))
+    for other in results[1:]:
+        assert (other - results[0]).abs().max() > 0.1
+
+
+def test_other_amounts_of_memory_and_prefix_end_in_one_graph() -> None:
+    """Sizes of soft tokens and memories are shapes. The compiler may need one graph to see that they vary."""
+    lm, counter = prepared("llama"), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lm.model.forward, backend=counter, fullgraph=True)
+    for slots in [(4, 3), (5, 4), (7, 6), (3, 2), (9, 8)]:
+        rows = batch(0, slots)
+        assert_close(forward(lm, compiled, rows), forward(lm, lm.model, rows))
+    assert counter.frame_count <= 2
+
+
+def static(lm: steer.FrozenLM, rows: Sequence[Row], backend: str = "aot_eager", **settings: object) -> Generated:
+    """Generation with a static cache: an eager prefill, and compiled decoding."""
+    config = CompileConfig(backend=backend, fullgraph=True, mode=None)  # type: ignore[arg-type]
+    # Else transformers compiles on accelerators only.
+    config._compile_all_devices = True
+    return generate(
+        lm,
+        rows,
+        cross_attention(),
+        cache_implementation="static",
+        compile_config=config,
+        max_cache_len=64,
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_generation_decodes_in_one_graph_for_all_users(arch: str) -> None:
+    lm = prepared(arch)
+    plain = [Row(prompt) for prompt in PROMPTS]
+    static(lm, batch(0))
+    count = graphs()
+    # Gemma's static cache counts tokens in a number until its window is full, which costs transformers a graph itself.
+    assert count == (2 if arch == "gemma3" else 1)
+    for seed in range(1, 4):
+        rows = batch(seed)
+        compiled, eager = static(lm, rows), generate(lm, rows, cross_attention())
+        assert_close(compiled.logits, eager.logits)
+        assert torch.equal(compiled.tokens, eager.tokens)
+    # Another λ in all rows, and none.
+    for lam in (0.0, -1.0, 3.0):
+        static(lm, [replace(row, lam=lam) for row in batch(0)])
+    assert graphs() == count
+    assert not counters["graph_break"]
+    # With fewer streams the batch has fewer rows, which is another shape.
+    assert_close(static(lm, plain).logits, generate(lm, plain, cross_attention()).logits)
+
+
+def test_a_closed_context_is_not_steered_by_compiled_code(llama: steer.FrozenLM) -> None:
+    """And an open one is, whichever comes first."""
+    rows = [row.without_context() for row in batch(0)]
+    llama.declare(MIDDLE)
+    plain = [Row(prompt) for prompt in PROMPTS]
+    expected = generate(llama, plain, cross_attention()), generate(llama, rows, cross_attention())
+
+    def unsteered() -> Tensor:
+        return llama.generate_tokens(PROMPTS, max_new_tokens=6, cache_implementation="static", compile_config=config)
+
+    config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)  # type: ignore[arg-type]
+    config._compile_all_devices = True
+    for _ in range(2):
+        assert unsteered() == expected[0].tokens.tolist()
+        assert torch.equal(static(llama, rows).tokens, expected[1].tokens)
+    assert counters["stats"]["unique_graphs"] >= 2
+
+
+def compiled_by_generate(model: PreTrainedModel) -> None:
+    config = CompileConfig(backend="aot_eager", mode=None)  # type: ignore[arg-type]
+    config._compile_all_devices = True
+    ids = tokenizer()(PROMPTS[0], return_tensors="pt").input_ids
+    model.generate(ids, max_new_tokens=3, cache_implementation="static", compile_config=config, max_cache_len=64)
+
+
+def compiled_in_place(model: PreTrainedModel) -> None:
+    model.compile(backend="aot_eager")
+    model(torch.tensor([[5, 6, 7]]))
+
+
+@pytest.mark.parametrize("compile_", [compiled_by_generate, compiled_in_place])
+def test_a_model_compiled_before_is_refused_until_it_is_uncompiled(compile_) -> None:  # type: ignore[no-untyped-def]
+    model = tiny("llama")
+    compile_(model)
+    with pytest.raises(steer.SteerError, match="compiled before it was wrapped"):
+        steer.wrap(model, tokenizer())
+    steer.uncompile(model)
+    with steer.wrap(model, tokenizer()) as lm, steer.wrap(tiny("llama"), tokenizer()) as never_compiled:
+        rows = [row.without_context() for row in batch(0)]
+        compile_(model)
+        assert_close(static(lm, rows).logits, generate(never_compiled, rows, cross_attention()).logits)
+
+
+def test_the_result_of_torch_compile_is_refused() -> None:
+    with pytest.raises(steer.SteerError, match="wrap the model itself"):
+        steer.wrap(torch.compile(tiny("llama"), backend="aot_eager"), tokenizer())
+
+
+def test_a_site_declared_after_compilation_is_refused_until_it_is_uncompiled(llama: steer.FrozenLM) -> None:
+    rows = [row.without_context() for row in batch(0)]
+    static(llama, [replace(row, memory=None) for row in rows], edits=edits_of(rows, cross_attention())[:2])
+    with pytest.raises(steer.SteerError, match=r"resid_mid\[1\] was not declared before the model was compiled"):
+        static(llama, rows)
+    steer.uncompile(llama.model)
+    assert_close(static(llama, rows).logits, generate(llama, rows, cross_attention()).logits)
+
+
+def test_code_compiled_behind_the_back_is_reported() -> None:
+    """`torch.compile(model.forward)` leaves no trace on the model, so only the silence of the hooks gives it away."""
+    model = tiny("llama")
+    compiled = torch.compile(model.forward, backend="aot_eager")
+    ids = torch.tensor([[5, 6, 7]])
+    compiled(ids)
+    with steer.wrap(model, tokenizer()) as lm:
+        edit = steer.ResidualEdit(steer.Site("resid_post", 1), torch.ones(1, WIDTH), start="all")
+        with pytest.warns(UserWarning, match="without a forward pass"), lm.steered(edits=[edit]):
+            compiled(ids)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", pytest.param("llama", marks=pytest.mark.full)])
+def test_inductor(arch: str) -> None:
+    lm = prepared(arch)
+    for seed in range(2):
+        rows = batch(seed)
+        assert_close(static(lm, rows, "inductor").logits, generate(lm, rows, cross_attention()).logits)
+    assert graphs() == 1
+    assert not counters["graph_break"]
+
+
+def test_all_architectures_are_here(arch: str) -> None:
+    assert arch in ARCHITECTURES
