@@ -71,7 +71,6 @@ lint: $(DEV) ## check style, format and types
 
 .PHONY: bench
 bench: $(RUN) ## measure what personalization costs per token
-	@$(BIN)/steer models pull $(MODEL)
 	@$(BIN)/python -P benchmarks/latency.py
 
 .PHONY: clean

@@ -2,16 +2,19 @@
 
     python -P benchmarks/authors.py HISTORY --instruction "Write a commit message titled: {title}"
 
-needs `pip install --no-deps steering-vectors==0.12.2`. Both sides add the same vectors at the same layer to all
+needs `pip install --no-deps steering-vectors==0.12.2` and `pip install scikit-learn`. Both sides add the same vectors at the same layer to all
 positions, the one convention that steering-vectors keeps once a cache is in use, and decode greedily in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parent))  # `python -P` leaves it out
 import harness
 import source_tree
 

@@ -1,4 +1,4 @@
-"""CoS: cost per token against plain generation and against transformers' `guidance_scale`, and equality with the latter.
+"""CoS: cost per token against plain generation and transformers' `guidance_scale`, and equality with the latter.
 
     python -P benchmarks/contrast.py
 
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent))  # `python -P` leaves it out
 import harness
 import source_tree
 

@@ -43,9 +43,6 @@ def environment() -> dict[str, Any]:
     import torch
     import transformers
 
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores, {_processor()}",
@@ -53,7 +50,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit + ("+" if changed else ""),
+        "commit": _commit(),
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -68,6 +65,17 @@ def save(name: str, result: Mapping[str, Any]) -> Path:
     os.replace(draft, target)
     print(f"wrote {target}", file=sys.stderr)
     return target
+
+
+def _commit() -> str:
+    """Of the checkout, with a + if files differ from it; "unknown" where there is no git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def _processor() -> str:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -72,7 +73,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTrai
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
-        **{"tie_word_embeddings": True, "max_position_embeddings": 8192} | more,
+        **{"tie_word_embeddings": True, "max_position_embeddings": 131072} | more,
     )
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -393,7 +394,7 @@ def run_case(
     graphs = graph_counts()
     seconds = min(args.seconds, until - time.perf_counter())
     prefills = take_turns(variants, runner.prefill, lm.device, seconds / 4, at_least=2)
-    steps = take_turns(variants, runner.decode, lm.device, seconds, at_least=5)
+    steps = take_turns(variants, runner.decode, lm.device, seconds, at_least=7)
     graphs |= {
         "expected": len({variant.kind for variant in variants}),
         "while_timing": graph_counts()["graphs"] - graphs["graphs"],
@@ -438,26 +439,34 @@ def graph_counts() -> dict[str, int]:
 
 def run_shape(shape: str, args: argparse.Namespace, until: float) -> Iterator[dict[str, Any]]:
     """All cases of one model. One that fails, or does not fit in memory, does not stop the others."""
-    bare, model = build(shape, args.device, args.dtype)
+    case: dict[str, Any] = {"shape": shape}
+    print(f"\n{shape}: ", end="", flush=True)
+    if time.perf_counter() > until:
+        yield case | {"left_out": "no time"}
+        return
+    try:
+        bare, model = build(shape, args.device, args.dtype)
+    except torch.OutOfMemoryError:
+        yield case | {"left_out": "no memory"}
+        return
     with steer.wrap(model) as lm:
         if "memory" in args.edits:
             lm.declare(steer.Site("resid_mid", lm.n_layers // 2))
-        for mode in args.modes:
-            for batch in args.batches:
-                case: dict[str, Any] = {"shape": shape, "mode": mode, "batch": batch}
-                try:
-                    case |= (
-                        run_case(bare, lm, mode, batch, args, until)
-                        if time.perf_counter() < until
-                        else {"left_out": "no time"}
-                    )
-                except torch.OutOfMemoryError:
-                    case |= {"left_out": "no memory"}
-                except Exception as error:
-                    traceback.print_exc()
-                    case |= {"left_out": f"failed: {error!r}"}
-                yield case
-                free()
+        for mode, batch in product(args.modes, args.batches):
+            case = {"shape": shape, "mode": mode, "batch": batch}
+            print(f"\n{shape}, {mode}, batch {batch}: ", end="", flush=True)
+            try:
+                if time.perf_counter() > until:
+                    case["left_out"] = "no time"
+                else:
+                    case |= run_case(bare, lm, mode, batch, args, until)
+            except torch.OutOfMemoryError:
+                case["left_out"] = "no memory"
+            except Exception as error:
+                traceback.print_exc()
+                case["left_out"] = f"failed: {error!r}"
+            yield case
+            free()
 
 
 def free() -> None:
@@ -469,7 +478,6 @@ def free() -> None:
 
 
 def print_case(case: dict[str, Any]) -> None:
-    print(f"\n{case['shape']}, batch {case['batch']}, {case['mode']}: ", end="")
     if "left_out" in case:
         print(case["left_out"], flush=True)
         return
@@ -505,10 +513,9 @@ def parse() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     words = partial(str.split, sep=",")
 
-    def add(flag: str, default: Any, kind: Callable[[str], Any], text: str) -> None:
-        parser.add_argument(
-            flag, default=kind(default) if default else None, type=kind, help=f"{text} (default: {default})"
-        )
+    def add(flag: str, default: str | None, kind: Callable[[str], Any], text: str) -> None:
+        text = text if default is None else f"{text} (default: {default})"
+        parser.add_argument(flag, default=default, type=kind, help=text)
 
     add("--shapes", ",".join(list(SHAPES)[:4]) if cuda else "smollm2-135m", words, f"of {', '.join(SHAPES)}")
     add("--batches", "1,8,64,256" if cuda else "1,8,64", lambda text: [int(n) for n in text.split(",")], "rows")
@@ -516,15 +523,15 @@ def parse() -> argparse.Namespace:
     add("--layers", "middle,all", words, "where vectors are added, of middle, all")
     add("--modes", "eager,compiled" if cuda else "eager", words, "of eager (dynamic cache), static (cache), compiled")
     add("--edits", "add", words, f"of {', '.join(EDITS)}")
-    add("--context", "128" if cuda else "32", int, "tokens of the prompt")
+    add("--context", "128" if cuda else "16", int, "tokens of the prompt")
     add("--slots", "64", int, "soft tokens of a prefix, entries of a memory")
-    add("--steps", "16" if cuda else "8", int, "decode steps that are timed at a stretch")
+    add("--steps", "16" if cuda else "4", int, "decode steps that are timed at a stretch")
     add("--seconds", "10", float, "for the timed steps of a case; prefills get a quarter of it")
     add("--budget", "3600", float, "seconds after which no further case is started")
     add("--device", "cuda" if cuda else "cpu", torch.device, "where to run")
     add("--dtype", "bfloat16" if cuda else "float32", partial(getattr, torch), "of the weights")
-    add("--threads", "", int, "of the CPU, if not torch's own choice")
-    add("--out", "", Path, "file to write, if not benchmarks/results/latency-DEVICE-DATE.json")
+    add("--threads", None, int, "of the CPU, if not torch's own choice")
+    add("--out", None, Path, "file to write, if not benchmarks/results/latency-DEVICE-DATE.json")
     args = parser.parse_args()
     for given, known in (args.shapes, SHAPES), (args.modes, MODES), (args.edits, EDITS), (args.layers, LAYERS):
         if unknown := set(given) - set(known):
@@ -534,7 +541,7 @@ def parse() -> argparse.Namespace:
 
 @torch.no_grad()
 def main() -> None:
-    """Runs what the command line asks for; the exit status is 1 if a step was not what it should be."""
+    """Runs what the command line asks for; the exit status is 1 if a step failed, or was not what it should be."""
     args = parse()
     until = time.perf_counter() + args.budget
     if args.threads:
@@ -542,7 +549,13 @@ def main() -> None:
     torch.manual_seed(0)
     random.seed(0)
     settings = {name: getattr(args, name) for name in ("context", "slots", "steps")}
-    report = {**harness.environment(), "cuda": torch.version.cuda, "dtype": str(args.dtype), **settings, "cases": []}
+    report = {
+        **harness.environment(),
+        "cuda": torch.version.cuda,
+        "dtype": str(args.dtype).removeprefix("torch."),
+        **settings,
+        "cases": [],
+    }
     slug = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
     path = args.out or harness.RESULTS / f"latency-{slug}-{report['date']}.json"
     print(f"{report['device']}, torch {report['torch']}, transformers {report['transformers']}, {report['dtype']}")
@@ -553,7 +566,9 @@ def main() -> None:
             print_case(case)
         free()
     print(f"\nwrote {path}")
-    sys.exit(not all(v["check"]["ok"] for case in report["cases"] for v in case.get("variants", [])))
+    failed = any(case.get("left_out", "").startswith("failed") for case in report["cases"])
+    wrong = any(not v["check"]["ok"] for case in report["cases"] for v in case.get("variants", []))
+    sys.exit(failed or wrong)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes `import steer` work from a checkout that is not installed, on a machine with nothing but torch and transformers.
+"""Makes `import steer` work from a checkout that is not installed, with nothing but torch and transformers.
 
 The repository root must stay off the path: its folder `kernels` would hide Hugging Face's package of that name.
 """

@@ -131,9 +131,7 @@ class Attachment:
     def _place(self, slot: Slot) -> RemovableHandle:
         name, layer, paths = slot.site.name, slot.site.layer, self.architecture
         if layer is not None and layer >= len(self.blocks):
-            raise SteerError(
-                f"{slot.site}: the model has {len(self.blocks)} layers, the last one is {len(self.blocks) - 1}"
-            )
+            raise SteerError(f"{slot.site}: the model has {len(self.blocks)} layers, 0 to {len(self.blocks) - 1}")
         if name == "embed":
             return _on_output(self.decoder.get_submodule(paths.embed), slot)
         if name == "ln_final":
@@ -152,8 +150,8 @@ class Attachment:
             return _on_input(block.get_submodule(paths.z), slot)
         if paths.mid is None:
             raise SteerError(
-                f"{slot.site}: in this architecture attention and feed-forward run in parallel, so there is no residual "
-                f"between them; use resid_post[{layer}]"
+                f"{slot.site}: in this architecture attention and feed-forward run in parallel, so there is no "
+                f"residual between them; use resid_post[{layer}]"
             )
         return _on_shared_input(block.get_submodule(paths.mid), slot)
 

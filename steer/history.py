@@ -22,7 +22,7 @@ class Record:
     prompt: str | None = None
     id: str = ""
     time: float | str | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.id:

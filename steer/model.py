@@ -83,7 +83,7 @@ class FrozenLM:
         every_block = [Site("resid_post", layer) for layer in range(self.n_layers)]
         try:
             self.declare(*([Site("embed"), *every_block] if sites is None else sites))
-        except SteerError:
+        except BaseException:
             self.close()
             raise
         _WRAPPED[model] = weakref.ref(self.attachment)
@@ -326,7 +326,8 @@ class FrozenLM:
             raise SteerError("`prompts` holds one prompt a row; write [prompt]")
         if not prompts:
             return []
-        generate = {"max_new_tokens": 64, "pad_token_id": self.pad_token_id} | generate
+        limit = {} if generate.keys() & {"max_length", "generation_config"} else {"max_new_tokens": 64}
+        generate = limit | {"pad_token_id": self.pad_token_id} | generate
         if users is None and states is None and not edits:
             states = [None] * len(prompts)
         with self.steered(
@@ -358,7 +359,7 @@ class FrozenLM:
             chat: whether texts go through the chat template; if None, whenever the tokenizer has one.
             seeds: one a row, for sampling (`do_sample=True`) that does not depend on the rest of the batch.
             streamer: a transformers streamer, for a single prompt.
-            **generate: for transformers' `generate`; 64 new tokens unless `max_new_tokens` says otherwise.
+            **generate: for transformers' `generate`; 64 new tokens unless they set another limit.
 
         Returns:
             The answers, one a row; with `num_return_sequences=n`, n for each row, in order.

@@ -45,6 +45,11 @@ class Reading:
     pooled: Float[Tensor, "text d"]
     norm: float
 
+    @property
+    def mean(self) -> Float[Tensor, " d"]:
+        """Over the texts."""
+        return self.pooled.mean(0)
+
 
 def response_span(lm: FrozenLM, response: str, prompt: str | None = None, *, max_tokens: int = 1024) -> Span:
     """The response after its prompt, as it would stand in a dialogue with the model, or the bare text.

@@ -18,7 +18,7 @@ class SeededRows:
     """A logits processor, to be the last one: chooses row r's token from a stream of numbers that starts at `seeds[r]`.
 
     The numbers are drawn on the CPU before decoding starts, so they depend on neither batch nor device, and no step
-    waits for them. A token is the inverse of the cumulative distribution at the row's number.
+    waits for them. A token is the inverse of the cumulative distribution at one minus the row's number.
     """
 
     def __init__(self, inner: Callable[[Tensor, Tensor], Tensor], seeds: Sequence[int], steps: int, start: int) -> None:
@@ -31,6 +31,7 @@ class SeededRows:
         self.draws = self.draws.to(scores.device)
         cumulative = scores.softmax(-1).cumsum(-1)
         step = input_ids.shape[1] - self.start
-        targets = self.draws[:, step, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, targets, right=True).clamp(max=scores.shape[1] - 1)
+        # In (0, total], so that neither end can fall on a token of probability 0.
+        targets = (1 - self.draws[:, step, None]) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, targets)
         return only(scores, tokens.squeeze(1))

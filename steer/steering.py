@@ -62,7 +62,7 @@ class Steering:
         self._owners = torch.arange(plan.batch, device=lm.device)
         # Autograd keeps what a step computed until its backward pass, so training does not reuse buffers.
         self._pool = Operators(lm.operators.overwriting.start) if plan.trains else lm.operators
-        self._mixed = plan.streams is None or not any(plan.streams.contexts)
+        self._mixed = self._contrasts_nothing
         if prompt_lengths is not None and len(prompt_lengths) != plan.batch:
             raise SteerError(f"{len(prompt_lengths)} prompt lengths for a batch of {plan.batch}")
 
@@ -177,6 +177,8 @@ class Steering:
             gate.begin(positions, self.lm.dtype)
         if self.plan.prefix is not None:
             self._pool.overwriting.begin(positions)
+        for attending in self._attending:
+            attending.begin()
 
     def end(self) -> None:
         """Forgets what belonged to this forward pass only."""
@@ -256,7 +258,10 @@ class Steering:
         copies = max(config.num_beams, config.num_return_sequences)
         self._validate(mode, input_ids, copies, seeds)
         owners = self._owners if copies == 1 else self._owners.repeat_interleave(copies)
-        streams = None if self._mixed_by_nobody else self._streams(input_ids, copies, owners)
+        streams = None if self._contrasts_nothing else self._streams(input_ids, copies, owners)
+        if streamer is not None:
+            # As `generate` does with a streamer of its own; some take what comes first for the prompt and skip it.
+            streamer.put(input_ids.cpu())
         if seeds is not None:
             row_seeds = [seed + 1_000_003 * copy for seed in seeds for copy in range(copies)]
             steps = config.max_length - input_ids.shape[1]
@@ -284,7 +289,7 @@ class Steering:
         return output if streams is None else streams.own(output)
 
     @property
-    def _mixed_by_nobody(self) -> bool:
+    def _contrasts_nothing(self) -> bool:
         return self.plan.streams is None or not any(self.plan.streams.contexts)
 
     def _validate(self, mode: GenerationMode, input_ids: Tensor, copies: int, seeds: Sequence[int] | None) -> None:
@@ -296,14 +301,14 @@ class Steering:
             raise SteerError(f"{input_ids.shape[0] // copies} prompts for {self.plan.batch} bound rows")
         if seeds is not None and (mode != GenerationMode.SAMPLE or len(seeds) != self.plan.batch):
             raise SteerError(f"seeds are for sampling (do_sample=True), one for each of the {self.plan.batch} rows")
-        if self._mixed_by_nobody and (self.plan.prefix is None or not self.plan.prefix.lengths.any()):
+        if self._contrasts_nothing and (self.plan.prefix is None or not self.plan.prefix.lengths.any()):
             return
         if self._prepared is None or not torch.equal(self._prepared[0].repeat_interleave(copies, 0), input_ids):
             raise SteerError(
                 "prefixes and contexts are part of the prompt: make the batch with steering.prepare(prompts), and pass "
                 "it to generate as it is"
             )
-        if not self._mixed_by_nobody and mode == GenerationMode.BEAM_SEARCH:
+        if not self._contrasts_nothing and mode == GenerationMode.BEAM_SEARCH:
             raise SteerError("beams cannot be contrasted yet: their scores would mix beams; use greedy or sampling")
 
     def _streams(self, input_ids: Tensor, copies: int, owners: Tensor) -> Streams:

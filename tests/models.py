@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -27,6 +27,8 @@ from transformers import (
 LAYERS, WIDTH, HEADS, VOCABULARY = 3, 48, 4, 100
 PAD, BOS, EOS = 0, 1, 2
 
+# A random model whose head is its embedding table repeats what it reads.
+_UNTIED = {"tie_word_embeddings": False}
 _LLAMA = dict(  # noqa: C408
     num_hidden_layers=LAYERS,
     hidden_size=WIDTH,
@@ -52,10 +54,10 @@ _BUILDERS = {
             "query_pre_attn_scalar": 16,
         },
     ),
-    "gpt2": (GPT2LMHeadModel, GPT2Config, {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS}),
+    "gpt2": (GPT2LMHeadModel, GPT2Config, {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS} | _UNTIED),
     "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, _NEOX),
     "gpt_neox_serial": (GPTNeoXForCausalLM, GPTNeoXConfig, _NEOX | {"use_parallel_residual": False}),
-    "bloom": (BloomForCausalLM, BloomConfig, {"n_layer": LAYERS, "hidden_size": WIDTH, "n_head": HEADS}),
+    "bloom": (BloomForCausalLM, BloomConfig, {"n_layer": LAYERS, "hidden_size": WIDTH, "n_head": HEADS} | _UNTIED),
 }
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "bloom"]
 # Also the variant of GPT-NeoX whose attention and feed-forward are not parallel.
@@ -73,24 +75,37 @@ def tiny(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Pre
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
                 # Norms start from 1, or from 0 where they add the 1 themselves; biases from 0.
-                parameter.add_(0.2 * noise)
+                parameter.add_(0.1 * noise)
             elif isinstance(module := model.get_submodule(path.rpartition(".")[0]), nn.Embedding):
                 parameter.copy_(0.5 * noise / getattr(module, "scalar_embed_scale", 1.0))
             else:
                 inputs = parameter.shape[1 if isinstance(module, nn.Linear) else 0]
-                parameter.copy_(1.5 * noise / inputs**0.5)
+                parameter.copy_(2.5 * noise / inputs**0.5)
     # Every generation runs its full length, whatever a random model says.
     model.generation_config.eos_token_id = None
     return model.to(dtype).eval()
 
 
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
 @cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character of ASCII text. It adds no BOS and has no chat template."""
+def tokenizer(*, bos: bool = False, chat: bool = False) -> PreTrainedTokenizerFast:
+    """One token per character of ASCII text, on demand with a BOS in front, or with a chat template."""
     characters = ["<pad>", "<bos>", "<eos>", "<unk>", "\n", *(chr(code) for code in range(32, 127))]
     backend = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=TEMPLATE if chat else None,
     )

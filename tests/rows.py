@@ -87,7 +87,12 @@ class Generated:
 
 
 def generate(
-    lm: steer.FrozenLM, rows: Sequence[Row], layer: GatedCrossAttention, *, edits: list[Edit] | None = None, **kwargs: Any
+    lm: steer.FrozenLM,
+    rows: Sequence[Row],
+    layer: GatedCrossAttention,
+    *,
+    edits: list[Edit] | None = None,
+    **kwargs: Any,
 ) -> Generated:
     """Greedy generation of rows under their edits, or under the given ones."""
     kwargs = {"max_new_tokens": 6, "do_sample": False} | kwargs

@@ -11,7 +11,7 @@ import typer
 from steer.errors import SteerError
 
 # Some versions of typer bring click along under another name; this is its UsageError in all of them.
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main() -> None:

@@ -91,6 +91,8 @@ class MemoryEdit:
         width = layer.key.in_features
         rows = [torch.zeros(0, width) if memory is None else memory.float() for memory in memories]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        # Sizes of 0 and 1 are special cases to the compiler; `load` adds a slot to this one.
+        padded = padded if padded.shape[1] else padded.new_zeros(len(rows), 1, width)
         return cls(site, layer, padded, torch.tensor([len(row) for row in rows]))
 
 
@@ -117,6 +119,13 @@ class AttendToMemory:
         keys, values = self.layer.project(memory)
         self.keys, self.values = refill(self.keys, keys), refill(self.values, values)
         self.visible = refill(self.visible, visible)
+
+    def begin(self) -> None:
+        """Lets torch.compile meet the memory before a hook does.
+
+        What it first meets in a hook of a module of torch.nn, such as GPT-2's norms, it takes for a part of that module,
+        with sizes that never change: it would compile anew for every number of slots.
+        """
 
     def __call__(self, hidden: Float[Tensor, "row pos d"]) -> Float[Tensor, "row pos d"]:
         self.fired = True

@@ -37,8 +37,8 @@ class PrefixEdit:
         """Pads prefixes of different lengths; None is a row without one."""
         rows = [torch.zeros(0, width) if prefix is None else prefix for prefix in prefixes]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        # At least one slot, so that there is something to gather from.
-        padded = padded if padded.shape[1] else padded.new_zeros(len(rows), 1, width)
+        # There must be something to gather from, and a size of 1 is a special case to the compiler, as 0 is.
+        padded = torch.nn.functional.pad(padded, (0, 0, 0, max(2 - padded.shape[1], 0)))
         return cls(padded, torch.tensor([len(row) for row in rows]))
 
     @staticmethod

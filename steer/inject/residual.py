@@ -63,21 +63,23 @@ class Gate:
     def __init__(self, start: Start) -> None:
         self.start = start
         self.first: Int[Tensor, " row"] | None = None
+        self.known = False
         self.mask: Float[Tensor, "row pos 1"] | None = None
 
     def load(self, rows: Rows) -> None:
         """Takes the prompt lengths of the rows."""
         lengths = rows.prompt_lengths
-        if lengths is None:
-            # Positions count from 0, so every position is edited from 0 on. `last_prompt` cannot be known.
-            self.first = refill(self.first, torch.zeros_like(rows.owners)) if self.start == "all" else None
+        # Positions count from 0, so for "all" there is nothing to know.
+        self.known = lengths is not None or self.start == "all"
+        if lengths is None or self.start == "all":
+            first = torch.zeros_like(rows.owners)
         else:
-            first = {"last_prompt": lengths - 1, "generated": lengths, "all": torch.zeros_like(lengths)}[self.start]
-            self.first = refill(self.first, first)
+            first = lengths - 1 if self.start == "last_prompt" else lengths
+        self.first = refill(self.first, first)
 
     def begin(self, positions: Int[Tensor, "row pos"], dtype: torch.dtype) -> None:
         """Computes the mask of this forward pass."""
-        if self.first is None:
+        if self.first is None or not self.known:
             raise SteerError(
                 f"vectors are bound from {self.start!r} on, and the prompt lengths are not known. Generate with "
                 "model.generate(..., **steering.generate_kwargs()), or give lm.steered(..., prompt_lengths=[...])"

@@ -23,7 +23,7 @@ from steer.history import History, Record
 from steer.inject import Edit, ResidualEdit
 from steer.inject.residual import Start
 from steer.method import Method
-from steer.read import Pool, read, record_span, response_span
+from steer.read import Pool, Reading, read, record_span, response_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
 
@@ -56,6 +56,8 @@ class StyleVector(Method):
     start: Start = "last_prompt"
     neutral_tokens: int = 96
     _population: Artifact | None = field(default=None, init=False, repr=False)
+    # What `train` has read of each history, so that `fit` need not read it again.
+    _known: dict[tuple[FrozenLM, History], dict[Site, Reading]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         kind, _, argument = self.neutral.partition(":")
@@ -85,8 +87,9 @@ class StyleVector(Method):
             return None
         means: dict[Site, list[torch.Tensor]] = {site: [] for site in self.sites}
         for history in histories:
-            for site, reading in read(lm, [record_span(lm, r) for r in history], self.sites, pool=self.pool).items():
-                means[site].append(reading.pooled.mean(0))
+            self._known[lm, history] = self._read(lm, history)
+            for site, reading in self._known[lm, history].items():
+                means[site].append(reading.mean)
         users = len(next(iter(means.values())))
         if users < 2:
             raise SteerError(f"neutral='population' compares users with one another, and there is {users}; use 'model'")
@@ -107,8 +110,11 @@ class StyleVector(Method):
         """
         if not len(history):
             raise SteerError(f"{history.user_id!r} has no records to read a style from")
-        own = read(lm, [record_span(lm, record) for record in history], self.sites, pool=self.pool)
+        own = self._known.get((lm, history)) or self._read(lm, history)
         neutral = self._neutral_means(lm, history)
+        settings = {"neutral": self.neutral, "pool": self.pool, "start": self.start}
+        if self._population is not None:
+            settings["population"] = self._population.hash
         return UserState(
             provenance=Provenance(
                 method=self.name,
@@ -116,10 +122,10 @@ class StyleVector(Method):
                 model=lm.fingerprint,
                 sites=tuple(str(site) for site in self.sites),
                 records=tuple(record.id for record in history),
-                settings={"neutral": self.neutral, "pool": self.pool, "start": self.start},
+                settings=settings,
                 calibration={"reference_norm": {str(site): own[site].norm for site in self.sites}},
             ),
-            tensors={str(site): own[site].pooled.mean(0) - neutral[site] for site in self.sites},
+            tensors={str(site): own[site].mean - neutral[site] for site in self.sites},
         )
 
     @classmethod
@@ -131,10 +137,18 @@ class StyleVector(Method):
 
     def _neutral_means(self, lm: FrozenLM, history: History) -> dict[Site, torch.Tensor]:
         if self.neutral == "population":
-            return self.population
+            mean = self.population
+            if self._population is not None and self._population.model != lm.fingerprint:
+                raise SteerError(
+                    f"the population was read with {self._population.model}, this model is {lm.fingerprint}"
+                )
+            return mean
         texts = self._neutral_texts(lm, history)
         spans = [response_span(lm, text, record.prompt) for text, record in zip(texts, history, strict=True)]
-        return {site: reading.pooled.mean(0) for site, reading in read(lm, spans, self.sites, pool=self.pool).items()}
+        return {site: reading.mean for site, reading in read(lm, spans, self.sites, pool=self.pool).items()}
+
+    def _read(self, lm: FrozenLM, history: History) -> dict[Site, Reading]:
+        return read(lm, [record_span(lm, record) for record in history], self.sites, pool=self.pool)
 
     def _neutral_texts(self, lm: FrozenLM, history: History) -> list[str]:
         if self.neutral == "model":
@@ -166,8 +180,8 @@ def _own_answers(lm: FrozenLM, history: History, tokens: int) -> list[str]:
     prompts = [record.prompt for record in history]
     if None in prompts:
         raise SteerError(
-            f"neutral='model' lets the model answer the prompts of {history.user_id!r}, and some records have none; give "
-            "an instruction, or use neutral='population'"
+            f"neutral='model' lets the model answer the prompts of {history.user_id!r}, and some records have none; "
+            "give an instruction, or use neutral='population'"
         )
     answers = lm.generate([prompt for prompt in prompts if prompt is not None], max_new_tokens=tokens, do_sample=False)
     empty = next((p for p, answer in zip(prompts, answers, strict=True) if not answer.strip()), None)

@@ -29,7 +29,13 @@ def contents(model: nn.Module) -> dict[str, Any]:
 
 
 def manners(model: nn.Module) -> dict[str, Any]:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks", "_forward_hooks_with_kwargs")
+    hooks = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_state_dict_hooks",
+        "_forward_hooks_with_kwargs",
+    )
     return {
         "hooks": {name: [dict(getattr(m, kind)) for kind in hooks] for name, m in model.named_modules()},
         "training": {name: m.training for name, m in model.named_modules()},

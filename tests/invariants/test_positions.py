@@ -138,9 +138,10 @@ def test_other_numbers_of_rows_are_refused(llama: steer.FrozenLM) -> None:
         llama.steered(edits=[steer.ResidualEdit(SITE, VECTORS[:1])], prompt_lengths=LENGTHS[:1]),
     ):
         llama.model.generate(torch.tensor([[5, 6]]), num_beams=2, max_new_tokens=2)
-    with pytest.raises(steer.SteerError, match="3 prompts for 2 bound rows"), llama.steered(
-        edits=[steer.ResidualEdit(SITE, VECTORS[:2])]
-    ) as steering:
+    with (
+        pytest.raises(steer.SteerError, match="3 prompts for 2 bound rows"),
+        llama.steered(edits=[steer.ResidualEdit(SITE, VECTORS[:2])]) as steering,
+    ):
         llama.model.generate(torch.full((3, 4), 7), **steering.generate_kwargs())
 
 
@@ -179,11 +180,14 @@ def test_what_never_took_part_is_reported(llama: steer.FrozenLM) -> None:
     with pytest.raises(steer.SteerError, match="the prefix never took part"), llama.steered(edits=[prefix]):
         llama.model(inputs_embeds=embeddings)
     contrast = steer.StreamEdit([row.context], torch.ones(1))
-    with pytest.raises(steer.SteerError, match="the contrasted streams never took part"), llama.steered(edits=[contrast]):
+    with (
+        pytest.raises(steer.SteerError, match="the contrasted streams never took part"),
+        llama.steered(edits=[contrast]),
+    ):
         llama.model(torch.tensor([[5, 6, 7]]))
     late = steer.ResidualEdit(steer.Site("resid_post", 2), VECTORS[:1], start="all")
+    llama.attachment.decoder.layers[2] = Bypass()
     with pytest.raises(steer.SteerError, match=r"vectors at resid_post\[2\]"), llama.steered(edits=[late]):
-        llama.attachment.decoder.layers[2] = Bypass()
         llama.model(torch.tensor([[5, 6, 7]]))
 
 

@@ -62,7 +62,11 @@ def run(lm: steer.FrozenLM, prompts: Sequence[list[int]], **kwargs: object) -> t
 
 
 def steered(
-    lm: steer.FrozenLM, site: Site | str, vectors: Tensor, prompts: Sequence[list[int]] = HERE, start: str = "last_prompt"
+    lm: steer.FrozenLM,
+    site: Site | str,
+    vectors: Tensor,
+    prompts: Sequence[list[int]] = HERE,
+    start: str = "last_prompt",
 ) -> tuple[Tensor, list[Tensor]]:
     edit = steer.ResidualEdit(Site.parse(site), vectors, start)  # type: ignore[arg-type]
     with lm.steered(edits=[edit], prompt_lengths=[len(ids) for ids in prompts]):
@@ -142,7 +146,9 @@ def test_what_a_part_adds_is_added_to_the_residual_stream(lm: steer.FrozenLM, na
 def test_parts_are_moved_as_a_hook_by_hand_would(lm: steer.FrozenLM, name: str) -> None:
     site, paths = Site(name, 1), lm.attachment.architecture
     here, there = states(lm, site), states(lm, site, THERE)
-    module = lm.attachment.blocks[1].get_submodule({"attn_out": paths.attn_out, "mlp_out": paths.mlp_out, "z": paths.z}[name])
+    module = lm.attachment.blocks[1].get_submodule(
+        {"attn_out": paths.attn_out, "mlp_out": paths.mlp_out, "z": paths.z}[name]
+    )
 
     def replace_last(hidden: Tensor) -> Tensor:
         return torch.cat([hidden[:, :-1], there[:, None]], dim=1)

@@ -1,0 +1,145 @@
+"""Each kernel against its readable reference, over odd sizes and in several dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from steer.kernels import (
+    add_rows,
+    attend,
+    geometric,
+    naive_add_rows,
+    naive_attend,
+    naive_geometric,
+    naive_overwrite_rows,
+    overwrite_rows,
+)
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+sizes = pytest.mark.parametrize("pos", [1, 7, 63])
+widths = pytest.mark.parametrize("d", [33, 60])
+rows_ = pytest.mark.parametrize("rows", [1, 5])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def integers(high: int, *shape: int, low: int = 0) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(0))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of the expected values."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp(min=1e-300)).item()
+
+
+@sizes
+@widths
+@rows_
+@dtypes
+def test_add_rows(pos: int, d: int, rows: int, dtype: torch.dtype) -> None:
+    hidden, vectors = normal(rows, pos, d, dtype=dtype), 5 * normal(rows, 1, d, dtype=dtype, seed=1)
+    mask = integers(2, rows, pos, 1).to(dtype)
+    assert torch.equal(add_rows(hidden, vectors, mask), naive_add_rows(hidden, vectors, mask))
+
+
+@dtypes
+def test_add_rows_leaves_rows_of_zeros_as_they_are(dtype: torch.dtype) -> None:
+    hidden = normal(2, 7, 33, dtype=dtype)
+    hidden[0, 0, 0], hidden[0, 1, 1] = torch.inf, torch.finfo(dtype).smallest_normal
+    vectors = torch.stack([torch.zeros(1, 33), torch.ones(1, 33)]).to(dtype)
+    out = add_rows(hidden, vectors, torch.ones(2, 7, 1, dtype=dtype))
+    assert torch.equal(out[0], hidden[0])
+    assert not torch.equal(out[1], hidden[1])
+
+
+@sizes
+@widths
+@rows_
+@dtypes
+def test_overwrite_rows(pos: int, d: int, rows: int, dtype: torch.dtype) -> None:
+    hidden, values = normal(rows, pos, d, dtype=dtype), normal(rows, 5, d, dtype=dtype, seed=1)
+    offsets, lengths = torch.arange(pos)[None] - integers(9, rows, 1, low=-3), integers(6, rows)
+    out = overwrite_rows(hidden, values, offsets, lengths)
+    assert torch.equal(out, naive_overwrite_rows(hidden, values, offsets, lengths))
+
+
+def test_overwrite_rows_with_empty_and_full_spans() -> None:
+    hidden, values = torch.zeros(2, 4, 1), torch.arange(1.0, 4.0).expand(2, 3)[..., None]
+    offsets = torch.tensor([[-1, 0, 1, 2], [-1, 0, 1, 2]])
+    out = overwrite_rows(hidden, values, offsets, torch.tensor([3, 0]))
+    assert out[..., 0].tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
+
+
+@sizes
+@pytest.mark.parametrize("d", [15, 33])
+@rows_
+@dtypes
+def test_attend(pos: int, d: int, rows: int, dtype: torch.dtype) -> None:
+    queries = normal(rows, 3, pos, d, dtype=dtype)
+    keys, values = normal(rows, 3, 11, d, dtype=dtype, seed=1), normal(rows, 3, 11, d, dtype=dtype, seed=2)
+    visible = torch.arange(11)[None] < integers(12, rows, 1, low=1)
+    error = relative_error(attend(queries, keys, values, visible), naive_attend(queries, keys, values, visible))
+    assert error < 5 * torch.finfo(dtype).eps
+
+
+def test_attend_is_blind_to_what_is_not_visible() -> None:
+    queries, keys, values = normal(2, 3, 5, 8), normal(2, 3, 6, 8, seed=1), normal(2, 3, 6, 8, seed=2)
+    visible = torch.arange(6)[None] < torch.tensor([[2], [5]])
+    out = attend(queries, keys, values, visible)
+    keys[0, :, 2:], values[0, :, 2:] = 1e4, -1e4
+    assert torch.equal(attend(queries, keys, values, visible), out)
+
+
+def mixture_inputs(vocab: int, batch: int, streams: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, int]:
+    generator = torch.Generator().manual_seed(seed)
+    owners = torch.cat([torch.arange(batch), torch.randint(batch, (streams,), generator=generator)])
+    return 4 * normal(batch + streams, vocab, seed=seed), normal(batch + streams, seed=seed + 1), owners, batch
+
+
+@pytest.mark.parametrize("vocab", [1, 33, 1000])
+@pytest.mark.parametrize(("batch", "streams"), [(1, 0), (1, 1), (5, 0), (5, 3), (2, 7)])
+@dtypes
+def test_geometric(vocab: int, batch: int, streams: int, dtype: torch.dtype) -> None:
+    logits, weights, owners, batch = mixture_inputs(vocab, batch, streams)
+    logits = logits.to(dtype)
+    out = geometric(logits, weights, owners, batch)
+    # Always in float32, as a mixture in half precision would round each term.
+    assert out.dtype == torch.float32
+    assert relative_error(out, naive_geometric(logits, weights, owners, batch)) < 1e-6
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(0, 5))
+def test_geometric_with_tokens_that_are_ruled_out(seed: int, batch: int, streams: int) -> None:
+    logits, weights, owners, batch = mixture_inputs(12, batch, streams, seed)
+    generator = torch.Generator().manual_seed(seed)
+    logits[torch.rand(logits.shape, generator=generator) < 0.3] = float("-inf")
+    weights[torch.rand(weights.shape, generator=generator) < 0.2] = 0.0
+    out, expected = geometric(logits, weights, owners, batch), naive_geometric(logits, weights, owners, batch)
+    assert not out.isnan().any()
+    assert torch.equal(out.isneginf(), logits[:batch].isneginf())
+    finite = expected.isfinite()
+    torch.testing.assert_close(out[finite].double(), expected[finite], rtol=1e-5, atol=1e-5)
+
+
+def test_geometric_is_contrast_with_and_without_a_context() -> None:
+    """λ = −1 gives the other stream, 0 the own one, and constants added to the logits change no distribution."""
+    logits, owners = 4 * normal(2, 50), torch.tensor([0, 0])
+
+    def contrast(logits: Tensor, lam: float) -> Tensor:
+        return geometric(logits, torch.tensor([1 + lam, -lam]), owners, 1)[0].softmax(-1)
+
+    torch.testing.assert_close(contrast(logits, -1.0), logits[1].softmax(-1))
+    torch.testing.assert_close(contrast(logits, 0.0), logits[0].softmax(-1))
+    shifted = logits + torch.tensor([[3.0], [-5.0]])
+    torch.testing.assert_close(contrast(shifted, 1.7), contrast(logits, 1.7))
+    expected = (logits[0].log_softmax(-1) * 2.7 - logits[1].log_softmax(-1) * 1.7).softmax(-1)
+    torch.testing.assert_close(contrast(logits, 1.7), expected)
