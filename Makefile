@@ -91,4 +91,4 @@ $(DEV): | $(CREATED)
 	$(call install,dev,dev)
 
 $(filter-out $(DEV),$(RUN)): | $(CREATED)
-	$(call install,run,embedded)
+	$(call install,run,demo)

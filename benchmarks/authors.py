@@ -2,8 +2,9 @@
 
     python -P benchmarks/authors.py HISTORY --instruction "Write a commit message titled: {title}"
 
-needs `pip install --no-deps steering-vectors==0.12.2` and `pip install scikit-learn`. Both sides add the same vectors at the same layer to all
-positions, the one convention that steering-vectors keeps once a cache is in use, and decode greedily in float32.
+needs `pip install --no-deps steering-vectors==0.12.2` and scikit-learn. Both sides add the same vectors at the same
+layer to all positions, the one convention that steering-vectors keeps once a cache is in use, and decode greedily in
+float32.
 """
 
 from __future__ import annotations

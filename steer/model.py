@@ -145,6 +145,13 @@ class FrozenLM:
             return Site("resid_post", site.layer)
         return site.canonical()
 
+    @property
+    def sliding_window(self) -> int | None:
+        """How many tokens back the layers with a sliding window see; None if the model has no such layers."""
+        kinds = getattr(self._config, "layer_types", None)
+        # Where the layers' kinds are not told, a window is meant for all of them.
+        return getattr(self._config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
+
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Architecture and sampled weights, independent of dtype and device."""

@@ -10,7 +10,7 @@ import torch
 
 from steer.errors import SteerError, UnknownUser
 from steer.inject import Edit, MemoryEdit, PrefixEdit, ResidualEdit, StreamEdit
-from steer.method import method_of
+from steer.method import METHODS, method_of
 from steer.sites import Site
 from steer.state import Artifact, UserState
 
@@ -43,7 +43,7 @@ class Plan:
 
         Raises:
             SteerError: an edit has another number of rows or another width than the batch and the model, its site does
-                not exist, or two edits contrast streams.
+                not exist, or two edits contrast the same row.
         """
         edits = list(edits)
         residual = tuple(replace(e, site=e.site.canonical()) for e in edits if isinstance(e, ResidualEdit))
@@ -57,8 +57,6 @@ class Plan:
         for attend in memory:
             _check(f"memories for {attend.site}", attend.memory, batch, attend.layer.key.in_features)
             _check(f"outputs of the cross-attention at {attend.site}", attend.layer.out.weight.T, None, lm.width)
-        if len(streams) > 1:
-            raise SteerError("several states contrast streams in one batch; choose one of them with `names`")
         for stream in streams:
             if not len(stream.contexts) == len(stream.lams) == batch:
                 raise SteerError(f"{len(stream.contexts)} contexts and {len(stream.lams)} λ for a batch of {batch}")
@@ -67,7 +65,7 @@ class Plan:
             residual=residual,
             prefix=PrefixEdit.concatenate(prefixes) if prefixes else None,
             memory=memory,
-            streams=streams[0] if streams else None,
+            streams=StreamEdit.merge(streams) if streams else None,
         )
 
     @property
@@ -126,7 +124,7 @@ def kinds_of(lm: FrozenLM, bank: Bank, names: Sequence[str]) -> list[tuple[str, 
     return [
         (name, UserState(provenance, {key: torch.zeros(shape) for key, shape in shapes.items()}))
         for name, provenance, shapes in bank.templates()
-        if name in names and provenance.model in (None, lm.fingerprint)
+        if name in names and provenance.method in METHODS and provenance.model in (None, lm.fingerprint)
     ]
 
 

@@ -63,6 +63,7 @@ class Steering:
         # Autograd keeps what a step computed until its backward pass, so training does not reuse buffers.
         self._pool = Operators(lm.operators.overwriting.start) if plan.trains else lm.operators
         self._mixed = self._contrasts_nothing
+        self._has_prefix = plan.prefix is not None and bool(plan.prefix.lengths.any())
         if prompt_lengths is not None and len(prompt_lengths) != plan.batch:
             raise SteerError(f"{len(prompt_lengths)} prompt lengths for a batch of {plan.batch}")
 
@@ -74,6 +75,11 @@ class Steering:
         Raises:
             SteerError: the model is taken, or a site cannot be hooked any more.
         """
+        if self._has_prefix and (window := self.lm.sliding_window) is not None:
+            warnings.warn(
+                f"some layers of this model see no further back than {window} tokens, and forget a prefix after that",
+                stacklevel=4,
+            )
         attachment = self.lm.attachment
         attachment.declare(self.plan.sites)
         self._operators = self._assemble()
@@ -175,6 +181,11 @@ class Steering:
             )
         for gate in self._gates.values():
             gate.begin(positions, self.lm.dtype)
+        if self._has_prefix and self._rows.prompt_lengths is None:
+            raise SteerError(
+                "a prefix is written over placeholders in the prompt: make the batch with steering.prepare(prompts), and "
+                "pass **steering.generate_kwargs() to generate, or prompt_lengths=[...] to lm.steered"
+            )
         if self.plan.prefix is not None:
             self._pool.overwriting.begin(positions)
         for attending in self._attending:
@@ -301,7 +312,7 @@ class Steering:
             raise SteerError(f"{input_ids.shape[0] // copies} prompts for {self.plan.batch} bound rows")
         if seeds is not None and (mode != GenerationMode.SAMPLE or len(seeds) != self.plan.batch):
             raise SteerError(f"seeds are for sampling (do_sample=True), one for each of the {self.plan.batch} rows")
-        if self._contrasts_nothing and (self.plan.prefix is None or not self.plan.prefix.lengths.any()):
+        if self._contrasts_nothing and not self._has_prefix:
             return
         if self._prepared is None or not torch.equal(self._prepared[0].repeat_interleave(copies, 0), input_ids):
             raise SteerError(

@@ -289,8 +289,42 @@ def test_batches_take_every_item_once_per_round() -> None:
 # User-LLM.
 
 
+def test_a_memory_edit_is_gated_cross_attention(lm: steer.FrozenLM) -> None:
+    """`h + tanh(gate) · XAttn(LN(h), memory)`, head by head, for memories of different lengths and for none."""
+    layer, paths = cross_attention(gate=0.7), lm.attachment.architecture
+    generator = torch.Generator().manual_seed(0)
+    memories = [torch.randn(5, 20, generator=generator), None, torch.randn(1, 20, generator=generator)]
+    ids = torch.randint(5, VOCABULARY, (3, 6), generator=generator)
+    seen: list[Tensor] = []
+    # The residual stream after the edit: what the second norm reads, or what a parallel block returns.
+    block = lm.attachment.blocks[LAYER]
+    if paths.mid is None:
+        block.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    else:
+        block.get_submodule(paths.mid).register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    lm.declare(lm.memory_site(steer.Site("resid_mid", LAYER)))
+    for held in ([None] * 3, memories):
+        edit = steer.MemoryEdit.from_rows(steer.Site("resid_mid", LAYER), layer, held)
+        with torch.no_grad(), lm.steered(edits=[edit]):
+            lm.model(ids)
+    plain, steered = seen
+    assert torch.equal(steered[1], plain[1])
+    for row in (0, 2):
+        memory = memories[row]
+        assert memory is not None
+        parts = []
+        for query, key, value in zip(
+            *(linear.weight.chunk(4) for linear in (layer.query, layer.key, layer.value)), strict=True
+        ):
+            scores = (layer.norm(plain[row]) @ query.T) @ (memory @ key.T).T / query.shape[0] ** 0.5
+            parts.append(scores.softmax(-1) @ (memory @ value.T))
+        added = torch.tanh(torch.tensor(0.7)) * torch.cat(parts, -1) @ layer.out.weight.T
+        assert_close(steered[row], plain[row] + added)
+        assert added.abs().max() > 0.1
+
+
 def user_llm(**kwargs: object) -> steer.UserLLM:
-    settings = {"layer": [0, 1], "read_layer": 1, "heads": 4, "steps": 6, "learning_rate": 0.02, "batch": 4} | kwargs
+    settings = {"layer": [0, 1], "read_layer": 1, "heads": 4, "steps": 10, "learning_rate": 0.05, "batch": 4} | kwargs
     return steer.UserLLM(**settings)  # type: ignore[arg-type]
 
 
@@ -307,6 +341,27 @@ def test_user_llm_opens_its_gates_and_lowers_the_loss(lm: steer.FrozenLM, histor
     with torch.no_grad():
         plain = negative_log_likelihood(lm, spans, [steer.ResidualEdit(SITE, torch.zeros(6, WIDTH))])
     assert losses[0] == pytest.approx(plain.item(), rel=1e-4)
+
+
+def test_a_record_is_predicted_from_the_users_other_records(
+    llama: steer.FrozenLM, histories: list[steer.History], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Span, Tensor]] = []
+
+    def spy(lm: steer.FrozenLM, spans: Sequence[Span], edits: Sequence[steer.MemoryEdit]) -> Tensor:
+        seen.extend((span, edits[0].memory[row, : edits[0].lengths[row]]) for row, span in enumerate(spans))
+        return negative_log_likelihood(lm, spans, edits)
+
+    monkeypatch.setattr(steer.methods.user_llm, "negative_log_likelihood", spy)
+    method = user_llm(steps=1, batch=6)
+    method.train(llama, histories)
+    assert len(seen) == 6
+    for history in histories:
+        memory = method.fit(llama, history).tensors["memory"]
+        for i, record in enumerate(history):
+            span = record_span(llama, record)
+            given = next(held for other, held in seen if other.ids == span.ids)
+            assert torch.equal(given, torch.cat([memory[:i], memory[i + 1 :]]))
 
 
 def test_a_memory_is_one_scaled_mean_per_record(llama: steer.FrozenLM, histories: list[steer.History]) -> None:

@@ -18,10 +18,10 @@ from steer.state import Provenance
 
 LAYER = 1
 SITE = steer.Site("resid_post", LAYER)
-NORM = 40.0
+NORM = 50.0
 
 
-def style(lm: steer.FrozenLM, seed: int, size: float = 20.0, norm: float = NORM) -> steer.UserState:
+def style(lm: steer.FrozenLM, seed: int, size: float = 60.0, norm: float = NORM) -> steer.UserState:
     vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
     return steer.UserState(
         Provenance(
@@ -218,13 +218,20 @@ def test_users_of_a_bank(llama: steer.FrozenLM, bank: steer.Bank) -> None:
 
 
 def test_all_states_of_a_user_apply(llama: steer.FrozenLM, bank: steer.Bank) -> None:
-    prompts, settings = ["hello"], {"max_new_tokens": 6}
-    together = llama.generate_tokens(prompts, users=["ann"], bank=bank, **settings)
+    def scores(**steered: Any) -> Tensor:
+        """Of the first new token, streams mixed."""
+        settings = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_scores": True, "do_sample": False}
+        with llama.steered(**steered) as steering:
+            batch = steering.prepare(["hello"])
+            return llama.model.generate(**batch, **steering.generate_kwargs(), **settings).scores[0]
+
     states = {name: bank["ann", name] for name in ("style", "other", "context")}
-    assert together == llama.generate_tokens(prompts, states=[states], **settings)
+    together = scores(bank=bank, users=["ann"])
+    assert torch.equal(together, scores(states=[states]))
     for name in states:
         fewer = {key: state for key, state in states.items() if key != name}
-        assert together != llama.generate_tokens(prompts, states=[fewer], **settings)
+        assert (together - scores(states=[fewer])).abs().max() > 0.1
+        assert torch.equal(scores(bank=bank, users=["ann"], names=list(fewer)), scores(states=[fewer]))
 
 
 def test_states_beside_a_bank(llama: steer.FrozenLM, bank: steer.Bank) -> None:

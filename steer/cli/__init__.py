@@ -13,6 +13,8 @@ from steer.errors import SteerError
 # Some versions of typer bring click along under another name; this is its UsageError in all of them.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
+_INTERRUPTED = 130
+
 
 def main() -> None:
     """Runs the command. An error is one line on stderr, and exit status 1, or 2 if the call itself is wrong.
@@ -26,11 +28,14 @@ def main() -> None:
         from steer.cli.app import app
 
         called = [argument for argument in arguments if argument != "--debug"] or ["--help"]
-        sys.exit(app(called, prog_name="steer", standalone_mode=False))
+        status = app(called, prog_name="steer", standalone_mode=False)
+        if status == _INTERRUPTED:
+            _fail("stopped", debug, status)
+        sys.exit(status)
     except _UsageError as error:
         _fail(_usage(error), debug, status=2)
     except typer.Abort:
-        _fail("stopped", debug, status=130)
+        _fail("stopped", debug, _INTERRUPTED)
     except SteerError as error:
         _fail(str(error), debug)
     except Exception as error:

@@ -67,9 +67,9 @@ def extract(
     if empty := [key for key in wanted if not len(histories[key])]:
         raise SteerError(f"{empty[0]!r} has no records left after --holdout {holdout}")
     method = StyleVector(layer=options.parse_layers(layer), neutral=neutral, pool=pool)  # type: ignore[arg-type]
-    store = Bank(bank)
     lm = options.load(model, device, dtype)
     lm.declare(*method.sites)
+    store = Bank(bank)
     table = Table("user", "records", "site", "‖v‖", "dose of strength 1", box=None)
     with progress_bar() as progress:
         if neutral == "population":

@@ -83,6 +83,10 @@ def generate(
         raise SteerError("--user needs the --bank that holds the states")
     if bank is not None and not user:
         raise SteerError(f"--bank needs one or more --user; `steer bank ls {bank}` lists them")
+    if bank is None and name:
+        raise SteerError("--name chooses states of a bank; give --bank and --user")
+    if stream and as_json:
+        raise SteerError("--stream shows the answer as it is written; it does not go with --json")
     store = None if bank is None else Bank(bank, create=False)
     people: list[str | None] = list(user or ([CONTEXT_ROW] if context is not None else []))
     rows = people if stream else [None, *people]

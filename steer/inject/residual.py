@@ -106,7 +106,12 @@ class AddVectors:
 
     def __call__(self, hidden: Float[Tensor, "row pos d"]) -> Float[Tensor, "row pos d"]:
         self.fired = True
-        assert self.vectors is not None and self.gate.mask is not None
+        if self.gate.mask is None:
+            raise SteerError(
+                "the blocks ran and their decoder did not, so nobody knows the positions of the tokens: this model calls "
+                "its blocks in another way than `base_model`, and cannot be steered yet"
+            )
+        assert self.vectors is not None
         return add_rows(hidden, self.vectors, self.gate.mask.to(hidden.device))
 
     def clear(self) -> None:

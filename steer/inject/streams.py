@@ -36,6 +36,22 @@ class StreamEdit:
         if any(context is not None and not context.strip() for context in self.contexts):
             raise SteerError("a context is empty; use None for a row without one")
 
+    @staticmethod
+    def merge(edits: Sequence[StreamEdit]) -> StreamEdit:
+        """One edit out of several that contrast different rows.
+
+        Raises:
+            SteerError: two of them contrast the same row.
+        """
+        contexts = [[edit.contexts[row] for edit in edits] for row in range(len(edits[0].contexts))]
+        if crowded := [row for row, own in enumerate(contexts) if sum(context is not None for context in own) > 1]:
+            raise SteerError(f"two states contrast streams in row {crowded[0]}; choose one of them with `names`")
+        which = [next((i for i, context in enumerate(own) if context is not None), 0) for own in contexts]
+        return StreamEdit(
+            [own[i] for own, i in zip(contexts, which, strict=True)],
+            torch.stack([edits[i].lams[row] for row, i in enumerate(which)]),
+        )
+
 
 @dataclass(frozen=True)
 class Streams:

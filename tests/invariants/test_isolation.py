@@ -19,6 +19,7 @@ from steer.inject import GatedCrossAttention
 STEPS = 6
 # Row 0 is plain, row 1 has everything, the others what chance gives them.
 POOL = [Row("plain"), random_row(1, share=1.0), *(random_row(seed) for seed in range(2, 8))]
+UNCONTRASTED = [row.without_context() for row in POOL]
 compositions = st.lists(st.sampled_from(range(len(POOL))), min_size=1, max_size=5)
 examples = pytest.mark.parametrize("count", [25, pytest.param(250, marks=pytest.mark.full)], ids=["few", "many"])
 
@@ -30,12 +31,17 @@ class Bench:
     lm: steer.FrozenLM
     layer: GatedCrossAttention
     alone: list[Generated]
+    # Without the contexts, as streams take another path.
+    uncontrasted: list[Generated]
 
 
 @cache
 def bench(arch: str) -> Bench:
     lm, layer = steer.wrap(tiny(arch), tokenizer()), cross_attention()
-    return Bench(lm, layer, [generate(lm, [row], layer, max_new_tokens=STEPS) for row in POOL])
+    alone, uncontrasted = (
+        [generate(lm, [row], layer, max_new_tokens=STEPS) for row in pool] for pool in (POOL, UNCONTRASTED)
+    )
+    return Bench(lm, layer, alone, uncontrasted)
 
 
 def search(count: int, check, **strategies) -> None:  # type: ignore[no-untyped-def]
@@ -57,21 +63,21 @@ def test_the_rows_of_the_pool_differ_by_their_steering(arch: str) -> None:
 
 @examples
 def test_any_batch_mates_in_any_order(arch: str, count: int) -> None:
-    lm, layer, alone = bench(arch).lm, bench(arch).layer, bench(arch).alone
+    lm, layer = bench(arch).lm, bench(arch).layer
 
-    def check(picks: list[int]) -> None:
-        together = generate(lm, [POOL[i] for i in picks], layer, max_new_tokens=STEPS)
+    def check(picks: list[int], contrast: bool) -> None:
+        pool, alone = (POOL, bench(arch).alone) if contrast else (UNCONTRASTED, bench(arch).uncontrasted)
+        together = generate(lm, [pool[i] for i in picks], layer, max_new_tokens=STEPS)
         for row, i in enumerate(picks):
             assert together.tokens[row].tolist() == alone[i].tokens[0].tolist()
             assert_close(together.logits[row], alone[i].logits[0])
 
-    search(count, check, picks=compositions)
+    search(count, check, picks=compositions, contrast=st.booleans())
 
 
 @examples
 def test_beams_and_return_sequences(arch: str, count: int) -> None:
-    lm, layer = bench(arch).lm, bench(arch).layer
-    pool = [row.without_context() for row in POOL]
+    lm, layer, pool = bench(arch).lm, bench(arch).layer, UNCONTRASTED
 
     @cache
     def beams(*picks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,8 +107,7 @@ def test_beams_and_return_sequences(arch: str, count: int) -> None:
 
 @examples
 def test_any_padding_on_either_side_of_a_forward_pass(arch: str, count: int) -> None:
-    lm, layer = bench(arch).lm, bench(arch).layer
-    pool = [row.without_context() for row in POOL]
+    lm, layer, pool = bench(arch).lm, bench(arch).layer, UNCONTRASTED
 
     def forward(picks: list[int], left: list[int], right: int) -> list[torch.Tensor]:
         """Logits of each row's real tokens, in a batch with so much padding on its left, and some on its right."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from models import PAD
-from rows import assert_close
+from rows import assert_close, cross_attention, edits_of, random_row
+from rows import generate as rows_generate
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
@@ -78,6 +80,20 @@ def test_every_row_is_contrasted_by_its_own_lambda(lm: steer.FrozenLM) -> None:
     output = generate(lm)
     for row in range(4):
         assert_close(torch.stack(output.scores, 1)[row], contrasted(lm, row, output.sequences[row]))
+
+
+def test_every_stream_carries_the_rows_other_edits(lm: steer.FrozenLM) -> None:
+    """The context is what the streams differ in: vectors, prefix and memory steer both."""
+    rows, layer = [random_row(seed, share=1.0) for seed in (1, 2)], cross_attention()
+    edits = edits_of(rows, layer)
+    with_context = [replace(row, prompt=f"{row.context} {row.prompt}") for row in rows]
+    positive, negative = (rows_generate(lm, texts, layer, edits=edits[:-1]) for texts in (with_context, rows))
+    with lm.steered(edits=edits) as steering:
+        batch = steering.prepare([row.prompt for row in rows])
+        settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+        mixed = lm.model.generate(**batch, **steering.generate_kwargs(), **settings).scores[0]
+    lams = torch.tensor([[row.lam] for row in rows])
+    assert_close(mixed, (1 + lams) * positive.logits[:, 0] - lams * negative.logits[:, 0])
 
 
 @pytest.mark.parametrize("seeds", [None, [1, 2, 3, 4]], ids=["common randomness", "seeds"])
