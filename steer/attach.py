@@ -80,7 +80,7 @@ class Attachment:
         for site in (site.canonical() for site in sites):
             if site in self.slots:
                 continue
-            if self.traced:
+            if self.traced or any(module._compiled_call_impl is not None for module in self.decoder.modules()):
                 raise SteerError(
                     f"{site} was not declared before the model was compiled, so a hook there would be ignored. "
                     f"Declare it when wrapping, steer.wrap(model, tokenizer, sites=[..., '{site}']), or call "
@@ -160,7 +160,8 @@ def refuse_compiled(model: nn.Module) -> None:
     """Raises SteerError if compiled code of this model exists, which would ignore hooks that are placed now."""
     if hasattr(model, "_orig_mod"):
         raise SteerError("this is the result of torch.compile(model); wrap the model itself, then compile that")
-    if hasattr(model, "_compiled_call") or model._compiled_call_impl is not None:
+    # Also where only the blocks were compiled.
+    if hasattr(model, "_compiled_call") or any(m._compiled_call_impl is not None for m in model.modules()):
         raise SteerError(
             "this model was compiled before it was wrapped, so its compiled code would ignore steering. Wrap it first, "
             "or call steer.uncompile(model)"

@@ -419,7 +419,8 @@ def uncompile(model: nn.Module) -> None:
     """Forgets all compiled code of this process, so that a model which was compiled before can be wrapped."""
     torch._dynamo.reset()
     vars(model).pop("_compiled_call", None)
-    model._compiled_call_impl = None
+    for module in model.modules():
+        module._compiled_call_impl = None
     attachment = _WRAPPED[model]() if model in _WRAPPED else None
     if attachment is not None:
         attachment.traced = False

@@ -133,6 +133,8 @@ class Steering:
         """Writes the plan's tensors into the buffers, one row for each row of the coming forward passes."""
         plan = self.plan
         loaded, self._rows = self._rows, rows
+        # Not asked for in `begin`, as compiled code would guard on whether there is a prefix in the batch.
+        self._unplaced = self._has_prefix and rows.prompt_lengths is None
         for gate in self._gates.values():
             gate.load(rows)
         if loaded is not None and loaded.owners is rows.owners:
@@ -181,10 +183,10 @@ class Steering:
             )
         for gate in self._gates.values():
             gate.begin(positions, self.lm.dtype)
-        if self._has_prefix and self._rows.prompt_lengths is None:
+        if self._unplaced:
             raise SteerError(
-                "a prefix is written over placeholders in the prompt: make the batch with steering.prepare(prompts), and "
-                "pass **steering.generate_kwargs() to generate, or prompt_lengths=[...] to lm.steered"
+                "a prefix is written over placeholders in the prompt: make the batch with steering.prepare(prompts), "
+                "and pass **steering.generate_kwargs() to generate, or prompt_lengths=[...] to lm.steered"
             )
         if self.plan.prefix is not None:
             self._pool.overwriting.begin(positions)

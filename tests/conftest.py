@@ -14,6 +14,11 @@ import steer
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # The tiny Gemma has a tiny window, on purpose.
+    config.addinivalue_line("filterwarnings", "ignore:some layers of this model see no further back")
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def arch(request: pytest.FixtureRequest) -> str:
     return request.param

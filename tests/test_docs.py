@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -50,11 +51,10 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         pytest.skip("needs the model: steer models pull smollm2-135m")
     monkeypatch.chdir(tmp_path)
     # What a page registers stays its own.
-    monkeypatch.setattr(architectures, "ARCHITECTURES", dict(architectures.ARCHITECTURES))
-    monkeypatch.setattr(method, "METHODS", dict(method.METHODS))
+    registers = patch.dict(architectures.ARCHITECTURES), patch.dict(method.METHODS)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), registers[0], registers[1]:
             for line, code in blocks(page, "python"):
                 # Empty lines in front, so that a traceback names the line of the page; nothing of this file's own
                 # `from __future__` in it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import BOS, PAD, WIDTH, tiny, tokenizer
-from rows import assert_close, cross_attention, edits_of, generate, random_row
+from rows import Row, assert_close, cross_attention, edits_of, generate, random_row
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -122,7 +123,7 @@ def test_soft_tokens_stand_after_a_bos_and_before_everything_else(talker: steer.
     edit = steer.PrefixEdit.from_rows([torch.ones(2, WIDTH), None], WIDTH)
     with talker.steered(edits=[edit]) as steering:
         batch = steering.prepare(["hello", "hello"], chat=False)
-        talker.model(**batch)
+        talker.model.generate(**batch, **steering.generate_kwargs(), max_new_tokens=1)
     own = talker.tokenizer("hello").input_ids
     begin = 1 if own[0] == BOS else 0
     expected = own[:begin] + [talker.placeholder_id] * 2 + own[begin:]
@@ -135,12 +136,26 @@ def test_a_prefix_needs_a_prepared_batch(llama: steer.FrozenLM) -> None:
     ids = torch.tensor([[5, 6, 7]])
     with pytest.raises(steer.SteerError, match=r"steering\.prepare"), llama.steered(edits=[edit]) as steering:
         llama.model.generate(ids, **steering.generate_kwargs(), max_new_tokens=2)
-    with llama.steered(edits=[edit]) as steering:
+    with llama.steered(edits=[edit], prompt_lengths=[7]) as steering:
         llama.model(**steering.prepare(["hello"]))
         with pytest.raises(steer.SteerError, match=r"steering\.prepare"):
             llama.model.generate(ids, **steering.generate_kwargs(), max_new_tokens=2)
+    with pytest.raises(steer.SteerError, match=r"steering\.prepare"), llama.steered(edits=[edit]):
+        llama.model(ids)
     with pytest.raises(steer.SteerError, match="2 prompts for a batch of 1"), llama.steered(edits=[edit]) as steering:
         steering.prepare(["one", "two"])
+
+
+def test_a_window_that_forgets_the_prefix_is_announced() -> None:
+    edit = steer.PrefixEdit.from_rows([torch.ones(2, WIDTH)], WIDTH)
+    with steer.wrap(tiny("gemma3"), tokenizer()) as lm:
+        with pytest.warns(UserWarning, match="no further back than 8 tokens") as caught:
+            generate(lm, [Row("hello")], cross_attention(), edits=[edit])
+        assert caught[0].filename.endswith("rows.py")
+        nothing = steer.PrefixEdit.from_rows([None], WIDTH)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            generate(lm, [Row("hello")], cross_attention(), edits=[nothing])
 
 
 def test_generation_stops_at_an_end_of_text(llama: steer.FrozenLM) -> None:

@@ -123,8 +123,8 @@ class AttendToMemory:
     def begin(self) -> None:
         """Lets torch.compile meet the memory before a hook does.
 
-        What it first meets in a hook of a module of torch.nn, such as GPT-2's norms, it takes for a part of that module,
-        with sizes that never change: it would compile anew for every number of slots.
+        What it first meets in a hook of a module of torch.nn, such as GPT-2's norms, it takes for a part of that
+        module, with sizes that never change: it would compile anew for every number of slots.
         """
 
     def __call__(self, hidden: Float[Tensor, "row pos d"]) -> Float[Tensor, "row pos d"]:

@@ -108,8 +108,8 @@ class AddVectors:
         self.fired = True
         if self.gate.mask is None:
             raise SteerError(
-                "the blocks ran and their decoder did not, so nobody knows the positions of the tokens: this model calls "
-                "its blocks in another way than `base_model`, and cannot be steered yet"
+                "the blocks ran and their decoder did not, so the tokens' positions are not known: this model calls "
+                "its blocks in another way than through `base_model`, and cannot be steered yet"
             )
         assert self.vectors is not None
         return add_rows(hidden, self.vectors, self.gate.mask.to(hidden.device))

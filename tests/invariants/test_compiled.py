@@ -235,7 +235,13 @@ def compiled_in_place(model: PreTrainedModel) -> None:
     model(torch.tensor([[5, 6, 7]]))
 
 
-@pytest.mark.parametrize("compile_", [compiled_by_generate, compiled_in_place])
+def compiled_by_blocks(model: PreTrainedModel) -> None:
+    for block in model.base_model.h:
+        block.compile(backend="aot_eager")
+    model(torch.tensor([[5, 6, 7]]))
+
+
+@pytest.mark.parametrize("compile_", [compiled_by_generate, compiled_in_place, compiled_by_blocks])
 def test_a_model_compiled_before_is_refused_until_it_is_uncompiled(compile_) -> None:  # type: ignore[no-untyped-def]
     model = tiny(SMALL)
     compile_(model)
@@ -261,6 +267,10 @@ def test_a_site_declared_after_compilation_is_refused_until_it_is_uncompiled(sma
     static(small, [replace(row, memory=None) for row in rows], edits=edits_of(rows, cross_attention())[:2])
     with pytest.raises(steer.SteerError, match=r"resid_mid\[1\] was not declared before the model was compiled"):
         static(small, rows)
+    steer.uncompile(small.model)
+    small.attachment.blocks[0].compile(backend="aot_eager")
+    with pytest.raises(steer.SteerError, match=r"resid_mid\[1\] was not declared"):
+        small.declare(MIDDLE)
     steer.uncompile(small.model)
     assert_close(static(small, rows).logits, generate(small, rows, cross_attention()).logits)
 

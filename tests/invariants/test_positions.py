@@ -177,7 +177,8 @@ def test_what_never_took_part_is_reported(llama: steer.FrozenLM) -> None:
     row = random_row(1, share=1.0)
     embeddings = llama.model.get_input_embeddings()(torch.tensor([[5, 6, 7]]))
     prefix = steer.PrefixEdit.from_rows([row.prefix], WIDTH)
-    with pytest.raises(steer.SteerError, match="the prefix never took part"), llama.steered(edits=[prefix]):
+    steered = llama.steered(edits=[prefix], prompt_lengths=[3])
+    with pytest.raises(steer.SteerError, match="the prefix never took part"), steered:
         llama.model(inputs_embeds=embeddings)
     contrast = steer.StreamEdit([row.context], torch.ones(1))
     with (

@@ -82,6 +82,14 @@ def test_every_row_is_contrasted_by_its_own_lambda(lm: steer.FrozenLM) -> None:
         assert_close(torch.stack(output.scores, 1)[row], contrasted(lm, row, output.sequences[row]))
 
 
+def test_states_may_contrast_different_rows(llama: steer.FrozenLM) -> None:
+    parts = [steer.StreamEdit([c if i in own else None for i, c in enumerate(CONTEXTS)], LAMS) for own in ({0, 3}, {1})]
+    with llama.steered(edits=parts) as steering:
+        batch = steering.prepare(PROMPTS)
+        tokens = llama.model.generate(**batch, **steering.generate_kwargs(), max_new_tokens=STEPS)
+    assert torch.equal(tokens[:, batch["input_ids"].shape[1] :], generate(llama).sequences)
+
+
 def test_every_stream_carries_the_rows_other_edits(lm: steer.FrozenLM) -> None:
     """The context is what the streams differ in: vectors, prefix and memory steer both."""
     rows, layer = [random_row(seed, share=1.0) for seed in (1, 2)], cross_attention()
@@ -213,7 +221,10 @@ def test_what_cannot_be_contrasted_is_refused(llama: steer.FrozenLM) -> None:
         generate(llama, past_key_values=DynamicCache())
     with pytest.raises(steer.SteerError, match=r"steering\.prepare"), llama.steered(edits=[EDIT]) as steering:
         llama.model.generate(torch.full((4, 3), 7), **steering.generate_kwargs(), max_new_tokens=2)
-    with pytest.raises(steer.SteerError, match="several states contrast"), llama.steered(edits=[EDIT, EDIT]):
+    with (
+        pytest.raises(steer.SteerError, match="two states contrast streams in row 0"),
+        llama.steered(edits=[EDIT, EDIT]),
+    ):
         pass
     with pytest.raises(steer.SteerError, match="λ must be finite"):
         steer.StreamEdit(["x"], torch.tensor([float("nan")]))
