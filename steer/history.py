@@ -74,7 +74,8 @@ def read_histories(path: str | Path, *, instruction: str | None = None) -> list[
     if not path.is_file():
         raise SteerError(f"{path}: there is no such file")
     records: dict[str, list[Record]] = {}
-    with path.open(encoding="utf-8") as lines:
+    # Bytes first, so that an error can name the line; a byte order mark is no part of it.
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 record = _parse(line, f"{path}:{number}", instruction)
@@ -84,9 +85,11 @@ def read_histories(path: str | Path, *, instruction: str | None = None) -> list[
     return [(user, History(user, _in_time_order(own))) for user, own in records.items()]
 
 
-def _parse(line: str, where: str, instruction: str | None) -> Record:
+def _parse(line: bytes, where: str, instruction: str | None) -> Record:
     try:
-        entry = json.loads(line)
+        entry = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise SteerError(f"{where}: the line is not UTF-8") from None
     except json.JSONDecodeError as error:
         raise SteerError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(entry, dict):

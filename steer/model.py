@@ -333,6 +333,8 @@ class FrozenLM:
             raise SteerError("`prompts` holds one prompt a row; write [prompt]")
         if not prompts:
             return []
+        if "assistant_model" in generate:
+            raise SteerError("assisted decoding is not supported under steering yet")
         limit = {} if generate.keys() & {"max_length", "generation_config"} else {"max_new_tokens": 64}
         generate = limit | {"pad_token_id": self.pad_token_id} | generate
         if users is None and states is None and not edits:

@@ -29,18 +29,21 @@ PAD, BOS, EOS = 0, 1, 2
 
 # A random model whose head is its embedding table repeats what it reads.
 _UNTIED = {"tie_word_embeddings": False}
-_LLAMA = dict(  # noqa: C408
-    num_hidden_layers=LAYERS,
-    hidden_size=WIDTH,
-    intermediate_size=80,
-    num_attention_heads=HEADS,
-    num_key_value_heads=2,
-    head_dim=16,
-    tie_word_embeddings=False,
-)
-_NEOX = dict(  # noqa: C408
-    num_hidden_layers=LAYERS, hidden_size=WIDTH, intermediate_size=80, num_attention_heads=HEADS, rotary_pct=0.5
-)
+_LLAMA = {
+    "num_hidden_layers": LAYERS,
+    "hidden_size": WIDTH,
+    "intermediate_size": 80,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+} | _UNTIED
+_NEOX = {
+    "num_hidden_layers": LAYERS,
+    "hidden_size": WIDTH,
+    "intermediate_size": 80,
+    "num_attention_heads": HEADS,
+    "rotary_pct": 0.5,
+}
 _BUILDERS = {
     "llama": (LlamaForCausalLM, LlamaConfig, _LLAMA),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, _LLAMA),

@@ -122,3 +122,16 @@ def test_split(holdout: int, limit: int | None, known: str, held: str) -> None:
     left, right = history.split(holdout, limit)
     assert ("".join(r.response for r in left), "".join(r.response for r in right)) == (known, held)
     assert left.user_id == right.user_id == "u"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "h.jsonl"
+    path.write_bytes('\ufeff{"user_id": "a", "text": "x"}\n'.encode())
+    assert [user for user, _ in read_histories(path)] == ["a"]
+
+
+def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "h.jsonl"
+    path.write_bytes(b'{"user_id": "a", "text": "x"}\n{"user_id": "a", "text": "\xff"}\n')
+    with pytest.raises(SteerError, match=r"h\.jsonl:2: the line is not UTF-8"):
+        read_histories(path)
