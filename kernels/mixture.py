@@ -17,17 +17,20 @@ def geometric(
     """Geometric mixture `out[b] = sum of weights[r] * logits[r] over the rows r with owners[r] == b`, in float32.
 
     Rows 0 … batch−1 are the batch's own (`owners[r] == r`); further rows are contrasted streams. A token that an own
-    row rules out (logit −inf) stays ruled out; a term that is −inf in another stream only, or has weight 0, does not
-    count. There is thus no inf − inf, and no NaN. METHODS: contexts (CoS), classifier-free guidance and their family.
+    row rules out (logit −inf) stays ruled out, and so does one that a further row of positive weight rules out. One
+    that a further row of negative weight rules out counts there as in the own row, so that it is not contrasted. Rows
+    of weight 0 do not count. There is thus no inf − inf, and no NaN.
     """
     logits = logits.float()
     own, further = logits[:batch], logits[batch:]
-    terms = weights[batch:, None] * further
-    # Rows of weight 0 and logits of -inf: 0 * inf would be NaN, and inf - inf too.
-    terms = terms.masked_fill(torch.isinf(further) | (weights[batch:, None] == 0), 0.0)
-    mixed = weights[:batch, None] * own
-    mixed = mixed.index_add(0, owners[batch:], terms)
-    return mixed.masked_fill(torch.isneginf(own), float("-inf"))
+    scale = weights[batch:, None]
+    ruled_out = torch.isneginf(further)
+    # Nothing infinite may enter the sum: inf - inf and 0 * inf would be NaN.
+    finite = own.masked_fill(torch.isneginf(own), 0.0)
+    terms = scale * torch.where(ruled_out, finite[owners[batch:]], further)
+    mixed = (weights[:batch, None] * finite).index_add(0, owners[batch:], terms)
+    banned = torch.zeros_like(own).index_add(0, owners[batch:], (ruled_out & (scale > 0)).float()) > 0
+    return mixed.masked_fill(banned | torch.isneginf(own), float("-inf"))
 
 
 def naive_geometric(
@@ -36,9 +39,16 @@ def naive_geometric(
     """Reference of `geometric` in float64: one batch row and one stream at a time."""
     logits, weights = logits.double(), weights.double()
     out = torch.zeros(batch, logits.shape[1], dtype=torch.float64)
-    for row, owner in enumerate(owners.tolist()):
-        finite = torch.isfinite(logits[row])
-        if weights[row] != 0:
-            out[owner, finite] += weights[row] * logits[row, finite]
-    out[torch.isneginf(logits[:batch])] = float("-inf")
+    minus_inf = float("-inf")
+    for owner in range(batch):
+        rows = [row for row in range(len(logits)) if owners[row] == owner]
+        for token in range(logits.shape[1]):
+            own = logits[owner, token].item()
+            others = [(weights[row].item(), logits[row, token].item()) for row in rows if row != owner]
+            if own == minus_inf or any(weight > 0 and logit == minus_inf for weight, logit in others):
+                out[owner, token] = minus_inf
+                continue
+            out[owner, token] = weights[owner] * own
+            for weight, logit in others:
+                out[owner, token] += weight * (own if logit == minus_inf else logit)
     return out

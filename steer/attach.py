@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -77,6 +77,8 @@ class Attachment:
         Raises:
             SteerError: the model has no such site, or has been compiled since it was wrapped.
         """
+        if not self._handles:
+            raise SteerError("this FrozenLM is closed; wrap the model again")
         for site in (site.canonical() for site in sites):
             if site in self.slots:
                 continue
@@ -90,14 +92,19 @@ class Attachment:
             self._handles.append(self._place(slot))
             self.slots[site] = slot
 
-    def bind(self, binding: Binding, operators: dict[Site, tuple[Operator, ...]]) -> None:
-        """Takes the model for one user of the hooks. Raises SteerError if somebody has it already."""
+    def bind(self, binding: Binding) -> None:
+        """Takes the model for one user of the hooks. Raises SteerError if somebody has it already, or it is closed."""
+        if not self._handles:
+            raise SteerError("this FrozenLM is closed; wrap the model again")
         if not self._lock.acquire(blocking=False):
             raise SteerError(
                 "this model is already steered or read, in an enclosing block or by another thread; put all users "
                 "of a batch into one `steered` block, or wrap a second copy of the model"
             )
         self._binding, self._owner = binding, threading.get_ident()
+
+    def install(self, operators: Mapping[Site, tuple[Operator, ...]]) -> None:
+        """Puts operators to work at their sites, for whom the model is bound to."""
         for site, bound in operators.items():
             self.slots[site].operators = bound
 

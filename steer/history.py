@@ -82,7 +82,7 @@ def read_histories(path: str | Path, *, instruction: str | None = None) -> list[
                 records.setdefault(record.user_id, []).append(record)
     if not records:
         raise SteerError(f"{path}: the file holds no records")
-    return [(user, History(user, _in_time_order(own))) for user, own in records.items()]
+    return [(user, History(user, _in_time_order(user, own))) for user, own in records.items()]
 
 
 def _parse(line: bytes, where: str, instruction: str | None) -> Record:
@@ -95,8 +95,8 @@ def _parse(line: bytes, where: str, instruction: str | None) -> Record:
     if not isinstance(entry, dict):
         raise SteerError(f"{where}: expected an object with `user_id` and `response`, found {type(entry).__name__}")
     user = entry.get("user_id")
-    response = entry.get("response", entry.get("text"))
-    if not isinstance(user, str | int) or str(user) == "":
+    response = entry.get("response") or entry.get("text")
+    if not isinstance(user, str | int) or isinstance(user, bool) or str(user) == "":
         raise SteerError(f"{where}: `user_id` is missing or empty")
     if not isinstance(response, str) or not response.strip():
         raise SteerError(f"{where}: neither `response` nor `text` holds any text")
@@ -109,14 +109,17 @@ def _parse(line: bytes, where: str, instruction: str | None) -> Record:
         user_id=str(user),
         response=response,
         prompt=prompt,
-        id=str(entry.get("id", "")),
+        id="" if entry.get("id") is None else str(entry["id"]),
         time=entry.get("time"),
         fields=entry,
     )
 
 
 def _fill(template: str, entry: Mapping[str, Any], where: str) -> str:
-    wanted = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    try:
+        wanted = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise SteerError(f"the instruction {template!r} is not a template: {error}") from None
     missing = [name for name in wanted if name not in entry]
     if missing:
         raise SteerError(
@@ -125,7 +128,11 @@ def _fill(template: str, entry: Mapping[str, Any], where: str) -> str:
     return template.format_map(entry)
 
 
-def _in_time_order(records: list[Record]) -> tuple[Record, ...]:
+def _in_time_order(user: str, records: list[Record]) -> tuple[Record, ...]:
     times = [record.time for record in records]
+    if len({isinstance(time, str) for time in times if time is not None}) > 1:
+        raise SteerError(
+            f"the records of {user!r} have times of two kinds, numbers and texts; their order is not known"
+        )
     comparable = all(isinstance(t, int | float) for t in times) or all(isinstance(t, str) for t in times)
     return tuple(sorted(records, key=lambda record: record.time) if comparable else records)  # type: ignore[arg-type, return-value]

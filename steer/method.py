@@ -26,6 +26,9 @@ class Method(ABC):
     name: ClassVar[str]
     version: ClassVar[int] = 1
 
+    # What `train` learned, or `use` was given.
+    artifact: Artifact | None = None
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         METHODS[cls.name] = cls
@@ -33,6 +36,24 @@ class Method(ABC):
     def train(self, lm: FrozenLM, histories: Iterable[History]) -> Artifact | None:
         """Learns what users share, if the method has such a thing; later calls of `fit` use it."""
         return None
+
+    def use(self, lm: FrozenLM, artifact: Artifact) -> None:
+        """Takes what was trained before, instead of `train`; a bank keeps it (`bank.put_artifact`, `bank.artifact`).
+
+        Raises:
+            SteerError: it is of another method, version or model.
+        """
+        if (artifact.method, artifact.version) != (self.name, self.version):
+            raise SteerError(
+                f"the artifact is of {artifact.method}, version {artifact.version}; this is {self.name}, {self.version}"
+            )
+        self._require_model(lm, artifact)
+        self.artifact = artifact
+
+    @staticmethod
+    def _require_model(lm: FrozenLM, artifact: Artifact) -> None:
+        if artifact.model != lm.fingerprint:
+            raise SteerError(f"the artifact was made with {artifact.model}, this model is {lm.fingerprint}")
 
     @abstractmethod
     def fit(self, lm: FrozenLM, history: History) -> UserState:

@@ -71,10 +71,10 @@ class FrozenLM:
         self.model, self.tokenizer = model, tokenizer
         self._embedding = cast(nn.Embedding, model.get_input_embeddings())
         self._config = cast("PreTrainedConfig", model.base_model.config)
-        self.attachment = Attachment(model, architecture_of(self._config))
         self.width = self._embedding.embedding_dim
-        self.n_layers = len(self.attachment.blocks)
         self.operators = Operators(prefix_start=1 if self._adds_bos else 0)
+        self.attachment = Attachment(model, architecture_of(self._config))
+        self.n_layers = len(self.attachment.blocks)
         self._training = [module for module in model.modules() if module.training]
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.eval()
@@ -335,8 +335,9 @@ class FrozenLM:
             return []
         if "assistant_model" in generate:
             raise SteerError("assisted decoding is not supported under steering yet")
-        limit = {} if generate.keys() & {"max_length", "generation_config"} else {"max_new_tokens": 64}
-        generate = limit | {"pad_token_id": self.pad_token_id} | generate
+        config = generate.get("generation_config")
+        limit = {} if config is not None or "max_length" in generate else {"max_new_tokens": 64}
+        generate = limit | ({} if config is not None else {"pad_token_id": self.pad_token_id}) | generate
         if users is None and states is None and not edits:
             states = [None] * len(prompts)
         with self.steered(
@@ -355,7 +356,7 @@ class FrozenLM:
                 **batch, **steering.generate_kwargs(streamer=streamer, seeds=seeds), **generate
             )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        ends = generate.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = generate.get("eos_token_id", (config or self.model.generation_config).eos_token_id)
         ends = {ends} if isinstance(ends, int) else set(ends or [])
         return [_until(row, ends) for row in sequences[:, batch["input_ids"].shape[1] :].tolist()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from steer.errors import SteerError, UnknownUser
 from steer.inject import Edit, MemoryEdit, PrefixEdit, ResidualEdit, StreamEdit
 from steer.method import METHODS, method_of
 from steer.sites import Site
-from steer.state import Artifact, UserState
+from steer.state import Artifact, Provenance, UserState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,8 +110,8 @@ def rows_of(
     strangers = [user for user in known if not found[user]]
     if strangers and unknown_user == "error":
         raise UnknownUser(
-            f"{strangers[0]!r} has no state named {' or '.join(names)} in the bank. Fit one, or let such rows be plain "
-            'with unknown_user="plain"'
+            f"{strangers[0]!r} has no state named {' or '.join(names) or 'anything'} in the bank. Fit one, or let such "
+            'rows be plain with unknown_user="plain"'
         )
     return [{} if user is None else found[user] for user in users]
 
@@ -124,8 +125,18 @@ def kinds_of(lm: FrozenLM, bank: Bank, names: Sequence[str]) -> list[tuple[str, 
     return [
         (name, UserState(provenance, {key: torch.zeros(shape) for key, shape in shapes.items()}))
         for name, provenance, shapes in bank.templates()
-        if name in names and provenance.method in METHODS and provenance.model in (None, lm.fingerprint)
+        if name in names and _usable(lm, bank, provenance)
     ]
+
+
+def _usable(lm: FrozenLM, bank: Bank, provenance: Provenance) -> bool:
+    method = METHODS.get(provenance.method)
+    return (
+        method is not None
+        and method.version == provenance.version
+        and provenance.model in (None, lm.fingerprint)
+        and (provenance.artifact is None or bank.has_artifact(provenance.artifact))
+    )
 
 
 def edits_of(
@@ -173,7 +184,10 @@ def edits_of(
 
 
 def _kind(state: UserState) -> tuple[object, ...]:
-    return state.provenance.method, state.provenance.sites, state.provenance.artifact
+    """States of one kind are bound together, so they agree in all that `bind` takes from one of them."""
+    source = state.provenance
+    settings = json.dumps(dict(source.settings), sort_keys=True)
+    return source.method, source.version, source.sites, source.artifact, settings
 
 
 def _require_same_model(lm: FrozenLM, name: str, state: UserState) -> None:

@@ -54,8 +54,8 @@ class Reading:
 def response_span(lm: FrozenLM, response: str, prompt: str | None = None, *, max_tokens: int = 1024) -> Span:
     """The response after its prompt, as it would stand in a dialogue with the model, or the bare text.
 
-    No end-of-text token is appended: on one side of a pair only, it would be all that the pair differs in. A text of
-    more than `max_tokens` is cut at the end.
+    No end-of-text token is appended: on one side of a pair only, it would be all that the pair differs in. Of
+    `max_tokens`, a prompt gets its last ones, up to half of them, and a response its first ones.
 
     Raises:
         SteerError: nothing of the response is left.
@@ -66,18 +66,21 @@ def response_span(lm: FrozenLM, response: str, prompt: str | None = None, *, max
         ids = lm.tokenizer(response).input_ids[:max_tokens]
         start = 0
     else:
-        head = lm.encode(prompt)
+        head = lm.encode(prompt)[-(max_tokens // 2) :]
         ids = (head + lm.tokenizer(response, add_special_tokens=False).input_ids)[:max_tokens]
         start = len(head)
     # The first token of a sequence never counts, so a span needs one more.
     if len(ids) <= max(start, 1):
-        raise SteerError(f"a text leaves nothing to read in {max_tokens} tokens: {response[:40]!r}")
+        raise SteerError(f"a text is too short to read, it has no token besides the first: {response[:40]!r}")
     return Span(ids, start, len(ids))
 
 
 def record_span(lm: FrozenLM, record: Record, **kwargs: Any) -> Span:
-    """The span of a record's response."""
-    return response_span(lm, record.response, record.prompt, **kwargs)
+    """The span of a record's response. Raises SteerError, naming the record, if it is too short."""
+    try:
+        return response_span(lm, record.response, record.prompt, **kwargs)
+    except SteerError as error:
+        raise SteerError(f"record {record.id!r} of {record.user_id!r}: {error}") from None
 
 
 @torch.no_grad()
@@ -115,8 +118,9 @@ def read(
     recorder = _Recorder(wanted)
     pooled = {site: torch.empty(len(spans), lm.width_at(site)) for site in wanted}
     norms: dict[Site, list[Tensor]] = {site: [] for site in wanted}
-    lm.attachment.bind(recorder, {site: (recorder.at(site),) for site in wanted})
+    lm.attachment.bind(recorder)
     try:
+        lm.attachment.install({site: (recorder.at(site),) for site in wanted})
         done = 0
         for batch in _batches(spans, batch_tokens):
             starts, ends = _run(lm, [spans[i] for i in batch])

@@ -82,11 +82,12 @@ class Steering:
             )
         attachment = self.lm.attachment
         attachment.declare(self.plan.sites)
-        self._operators = self._assemble()
-        attachment.bind(self, self._operators)
+        attachment.bind(self)
         try:
+            attachment.install(self._assemble())
             self._load(self._plain_rows())
         except BaseException:
+            self._pool.clear()
             attachment.unbind()
             raise
 
@@ -367,8 +368,9 @@ def _numbered(
 def _prompt_lengths(input_ids: Tensor, kwargs: dict[str, Any]) -> Int[Tensor, " row"]:
     """Real tokens of each row's prompt, from what `generate` hands to a decoding method."""
     rows = input_ids.shape[0]
-    if (positions := kwargs.get("position_ids")) is not None:
-        return positions[:, -1].expand(rows) + 1
+    # `generate` drops a mask without padding. Position ids do not tell where a prompt that is padded on the right ends.
     if (mask := kwargs.get("attention_mask")) is not None:
         return mask.sum(1)
+    if (positions := kwargs.get("position_ids")) is not None:
+        return positions[:, -1].expand(rows) + 1
     return torch.full((rows,), input_ids.shape[1], device=input_ids.device)

@@ -45,12 +45,30 @@ def test_one_history_per_user_in_the_order_of_the_file(tmp_path: Path) -> None:
         (["2024-03-01", "2023-01-01", "2024-01-01"], [1, 2, 0]),
         ([1, 1, 0], [2, 0, 1]),
         ([3, None, 1], [0, 1, 2]),
-        ([3, "2024", 1], [0, 1, 2]),
     ],
 )
 def test_time_order_where_all_records_have_comparable_times(tmp_path: Path, times: list[Any], order: list[int]) -> None:
     path = written(tmp_path, *({"user_id": "a", "response": str(i), "time": time} for i, time in enumerate(times)))
     assert [int(record.response) for record in read_histories(path)[0][1]] == order
+
+
+def test_times_of_two_kinds_have_no_order(tmp_path: Path) -> None:
+    path = written(tmp_path, *({"user_id": "a", "response": "r", "time": time} for time in (3, "2024")))
+    with pytest.raises(SteerError, match="times of two kinds"):
+        read_histories(path)
+
+
+def test_null_is_the_same_as_absent(tmp_path: Path) -> None:
+    entry = {"user_id": "a", "text": "r", "id": None, "response": None, "time": None}
+    [(_, history)] = read_histories(written(tmp_path, entry))
+    assert history.records[0].response == "r"
+    assert history.records[0].id not in ("", "None")
+
+
+def test_an_instruction_that_is_no_template(tmp_path: Path) -> None:
+    path = written(tmp_path, {"user_id": "a", "text": "r"})
+    with pytest.raises(SteerError, match="not a template"):
+        read_histories(path, instruction="Write {title")
 
 
 def test_an_instruction_makes_prompts_of_other_keys(tmp_path: Path) -> None:

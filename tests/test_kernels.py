@@ -125,9 +125,19 @@ def test_geometric_with_tokens_that_are_ruled_out(seed: int, batch: int, streams
     weights[torch.rand(weights.shape, generator=generator) < 0.2] = 0.0
     out, expected = geometric(logits, weights, owners, batch), naive_geometric(logits, weights, owners, batch)
     assert not out.isnan().any()
-    assert torch.equal(out.isneginf(), logits[:batch].isneginf())
+    assert torch.equal(out.isneginf(), expected.isneginf())
+    assert out.isneginf()[logits[:batch].isneginf()].all()
     finite = expected.isfinite()
     torch.testing.assert_close(out[finite].double(), expected[finite], rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_further_stream_rules_out() -> None:
+    """Alone (λ = −1) it decides; contrasted with, it leaves the own logit."""
+    logits, owners = torch.tensor([[-10.0, -20.0], [-10.0, float("-inf")]]), torch.tensor([0, 0])
+    alone = geometric(logits, torch.tensor([0.0, 1.0]), owners, 1)
+    assert torch.equal(alone, logits[1:])
+    contrasted = geometric(logits, torch.tensor([2.0, -1.0]), owners, 1)
+    assert torch.equal(contrasted, logits[:1])
 
 
 def test_geometric_is_contrast_with_and_without_a_context() -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -273,7 +274,7 @@ def test_prefixes_that_cannot_be(llama: steer.FrozenLM, histories: list[steer.Hi
     with pytest.raises(steer.SteerError, match="has no records to train a prefix on"):
         steer.PrefixTuning().fit(llama, steer.History("ann", ()))
     empty = steer.History("ann", (steer.Record("ann", "x"),))
-    with pytest.raises(steer.SteerError, match="leaves nothing to read"):
+    with pytest.raises(steer.SteerError, match="of 'ann': a text is too short to read"):
         steer.PrefixTuning().fit(llama, empty)
 
 
@@ -435,3 +436,34 @@ def test_readings_that_cannot_be(llama: steer.FrozenLM) -> None:
     with pytest.raises(steer.SteerError, match="pool='max' is not one of last, mean"):
         read(llama, [Span([5, 6], 0, 2)], [SITE], pool="max")  # type: ignore[arg-type]
     assert llama.generate_tokens(["still free"], max_new_tokens=2)
+
+
+def test_an_artifact_serves_users_who_come_later(
+    llama: steer.FrozenLM, histories: list[steer.History], tmp_path: Path
+) -> None:
+    bank = steer.Bank(tmp_path / "bank")
+    settings: dict[str, Any] = {"layer": 1, "neutral": "population"}
+    first, later = steer.StyleVector(**settings), steer.StyleVector(**settings)
+    trained = first.train(llama, histories)
+    assert trained is not None
+    later.use(llama, bank.artifact(bank.put_artifact(trained)))
+    for name, tensor in first.fit(llama, histories[0]).tensors.items():
+        assert torch.equal(tensor, later.fit(llama, histories[0]).tensors[name])
+    with pytest.raises(steer.SteerError, match="is of style_vector"):
+        steer.UserLLM(layer=1, read_layer=0).use(llama, trained)
+    with steer.wrap(tiny("gpt2"), tokenizer()) as other, pytest.raises(steer.SteerError, match="was made with"):
+        later.use(other, trained)
+
+
+def test_layers_of_an_artifact_in_a_bank_are_made_once(
+    llama: steer.FrozenLM, histories: list[steer.History], tmp_path: Path
+) -> None:
+    bank, method = steer.Bank(tmp_path / "bank"), steer.UserLLM(layer=1, read_layer=0, heads=2, steps=1)
+    bank.put_artifact(method.train(llama, histories))
+    bank["ann", "memory"] = method.fit(llama, histories[0])
+    layers = []
+    for _ in range(2):
+        with llama.steered(bank, ["ann"]) as steering:
+            layers.append(steering.plan.memory[0].layer)
+            llama.model(torch.tensor([[5, 6, 7]]))
+    assert layers[0] is layers[1]

@@ -403,3 +403,57 @@ def test_all_edits_work_in_half_precision(arch: str, dtype: torch.dtype) -> None
         full = generate(lm, rows, cross_attention(), max_new_tokens=1)
     assert not half.logits.isnan().any()
     assert_close(half.logits.float(), full.logits, tolerance=10 * torch.finfo(dtype).eps)
+
+
+def styled(lm: steer.FrozenLM, seed: int, **settings: str) -> steer.UserState:
+    site = "resid_post[1]"
+    vector = 4 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+    source = steer.Provenance(
+        "style_vector",
+        1,
+        lm.fingerprint,
+        (site,),
+        settings={"start": "last_prompt", **settings},
+        calibration={"reference_norm": {site: 1.0}},
+    )
+    return steer.UserState(source, {site: vector})
+
+
+def test_states_of_one_method_keep_their_own_settings(llama: steer.FrozenLM) -> None:
+    prompts, states = ["a prompt", "another one"], [styled(llama, 0), styled(llama, 1, start="all")]
+    together = llama.generate_tokens(prompts, states=states, max_new_tokens=6)
+    alone = [llama.generate_tokens([p], states=[s], max_new_tokens=6)[0] for p, s in zip(prompts, states, strict=True)]
+    assert together == alone
+    with llama.steered(states=states, prompt_lengths=[1, 1]) as steering:
+        assert sorted(edit.start for edit in steering.plan.residual) == ["all", "last_prompt"]
+        llama.model(torch.tensor([[5], [6]]))
+
+
+def test_a_refused_binding_does_not_disturb_the_one_that_holds_the_model(llama: steer.FrozenLM) -> None:
+    with llama.steered(states=[styled(llama, 0)], prompt_lengths=[3]):
+        llama.model(torch.tensor([[5, 6, 7]]))
+        with pytest.raises(steer.SteerError, match="already steered"), llama.steered(states=[styled(llama, 1)]):
+            pass
+
+
+def test_prompts_padded_on_the_right_are_steered_from_their_own_end(llama: steer.FrozenLM) -> None:
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, PAD, PAD]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+    }
+    lengths = []
+    with llama.steered(states=[styled(llama, 0), styled(llama, 1)]) as steering:
+        load = steering._load
+        steering._load = lambda rows: (lengths.append(rows.prompt_lengths), load(rows))[1]  # type: ignore[method-assign]
+        llama.model.generate(**batch, **steering.generate_kwargs(), max_new_tokens=2)
+    assert lengths[0].tolist() == [5, 3]
+
+
+def test_a_closed_model_is_not_hooked_again() -> None:
+    lm = steer.wrap(tiny("llama"), tokenizer())
+    lm.close()
+    with pytest.raises(steer.SteerError, match="closed"):
+        lm.declare("resid_post[0]")
+    with pytest.raises(steer.SteerError, match="closed"):
+        lm.generate_tokens(["hello"])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())

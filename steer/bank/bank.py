@@ -62,6 +62,8 @@ class Bank:
     def __init__(self, path: str | Path, *, create: bool = True) -> None:
         self.path = Path(path).resolve()
         folder.open_or_create(self.path, create=create)
+        # Read once, as whoever builds layers from an artifact wants to meet it again.
+        self._artifacts: dict[str, Artifact] = {}
         self._index = Index(self.path / folder.INDEX)
 
     def __repr__(self) -> str:
@@ -179,14 +181,20 @@ class Bank:
             folder.save_tensors(file, tensors, metadata)
         return digest
 
+    def has_artifact(self, digest: str) -> bool:
+        """Whether the bank holds the artifact of that hash."""
+        return _HASH.fullmatch(digest) is not None and self._artifact_file(digest).is_file()
+
     def artifact(self, digest: str) -> Artifact:
-        """The artifact of that hash, which is verified.
+        """The artifact of that hash, which is verified when it is first read.
 
         Raises:
             SteerError: the bank has no such artifact, or its file is damaged.
         """
         if not isinstance(digest, str) or not _HASH.fullmatch(digest):
             raise SteerError(f"{digest!r} is not the hash of an artifact: expected 64 hexadecimal digits")
+        if digest in self._artifacts:
+            return self._artifacts[digest]
         file = self._artifact_file(digest)
         if not file.is_file():
             raise SteerError(f"{self.path}: has no artifact {digest}; store it with `put_artifact`")
@@ -196,6 +204,7 @@ class Bank:
             raise SteerError(f"{file}: damaged, the artifact cannot be read ({error})") from error
         if artifact.hash != digest:
             raise SteerError(f"{file}: damaged, what it holds has the hash {artifact.hash}")
+        self._artifacts[digest] = artifact
         return artifact
 
     def _artifact_file(self, digest: str) -> Path:

@@ -73,7 +73,7 @@ def _show_answers(lm: FrozenLM, bank: Bank, users: list[str], prompt: str, max_n
             repetition_penalty=REPETITION_PENALTY,
         )
     table = Table("who", "answer", title=prompt, show_lines=True)
-    for who, answer in zip(["[dim]plain[/dim]", *users, f"CoS, λ = {LAMBDA}:\n“{CONTEXT}”"], answers, strict=True):
+    for who, answer in zip(["plain", *users, f"CoS, λ = {LAMBDA}:\n“{CONTEXT}”"], answers, strict=True):
         table.add_row(who, " ".join(answer.split()))
     options.out.print(table)
 

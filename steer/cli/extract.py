@@ -75,6 +75,8 @@ def extract(
         if neutral == "population":
             everybody = [whole for whole in histories.values() if len(whole)]
             method.train(lm, progress.track(everybody, description="population"))
+            if method.artifact is not None:
+                store.put_artifact(method.artifact)
         for key in progress.track(wanted, description="users"):
             state = method.fit(lm, History(key, histories[key].records))
             store[key, name] = state

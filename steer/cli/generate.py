@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from steer.cli import options
 from steer.errors import SteerError
@@ -48,9 +49,12 @@ def generate(
         ),
     ] = None,
     lam: Annotated[
-        float,
-        typer.Option("--lambda", help="CoS: -1 ignores the context, 0 is plain prompting with it, more amplifies it."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            "--lambda",
+            help="CoS: -1 ignores the context, 0 is plain prompting with it, more amplifies it; 1 if not given.",
+        ),
+    ] = None,
     unknown_user: Annotated[str, typer.Option(help="error, or plain for rows of users without states.")] = "error",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[
@@ -85,6 +89,8 @@ def generate(
         raise SteerError(f"--bank needs one or more --user; `steer bank ls {bank}` lists them")
     if bank is None and name:
         raise SteerError("--name chooses states of a bank; give --bank and --user")
+    if lam is not None and context is None:
+        raise SteerError("--lambda says how much of a --context; give one")
     if stream and as_json:
         raise SteerError("--stream shows the answer as it is written; it does not go with --json")
     store = None if bank is None else Bank(bank, create=False)
@@ -109,7 +115,7 @@ def generate(
             "unknown_user": unknown_user,
         }
     if context is not None:
-        state = CoS(lam=lam).state(context)
+        state = (CoS() if lam is None else CoS(lam=lam)).state(context)
         arguments["states"] = [None if row is None else {"--context": state} for row in rows]
     if stream:
         _stream(lm, prompt, arguments)
@@ -132,7 +138,7 @@ def generate(
         return
     table = Table("user", "answer", show_lines=True, title=prompt)
     for row, text in zip(rows, answers, strict=True):
-        table.add_row("[dim]plain[/dim]" if row is None else row, text.strip())
+        table.add_row(Text("plain", style="dim") if row is None else row, text.strip())
     options.out.print(table)
     options.err.print(f"{len(rows)} rows in {seconds:.1f} s")
 

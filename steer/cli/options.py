@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from steer.model import FrozenLM
 
 # Results go to stdout, everything about how it goes to stderr.
-out = Console()
-err = Console(stderr=True)
+# Texts and names are shown as they are: brackets in them are no markup.
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 Model = Annotated[
     str,

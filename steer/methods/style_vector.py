@@ -30,6 +30,7 @@ from steer.state import Artifact, Provenance, UserState
 if TYPE_CHECKING:
     from steer.model import FrozenLM
 
+_ANSWERS_AT_ONCE = 32
 _NEUTRAL = "model, population, field:NAME or file:PATH"
 
 
@@ -55,7 +56,6 @@ class StyleVector(Method):
     pool: Pool = "mean"
     start: Start = "last_prompt"
     neutral_tokens: int = 96
-    _population: Artifact | None = field(default=None, init=False, repr=False)
     # What `train` has read of each history, so that `fit` need not read it again.
     _known: dict[tuple[FrozenLM, History], dict[Site, Reading]] = field(default_factory=dict, init=False, repr=False)
 
@@ -72,10 +72,12 @@ class StyleVector(Method):
 
     @property
     def population(self) -> dict[Site, torch.Tensor]:
-        """The mean over all users, `[d]` at each site. Raises SteerError before `train`."""
-        if self._population is None:
+        """The mean over all users, `[d]` at each site. Raises SteerError before `train` or `use`."""
+        if self.artifact is None:
             raise SteerError("neutral='population' needs the population's mean: call train(lm, histories) first")
-        return {site: self._population.tensors[str(site)] for site in self.sites}
+        if missing := [site for site in self.sites if str(site) not in self.artifact.tensors]:
+            raise SteerError(f"the population was not read at {missing[0]}; train again")
+        return {site: self.artifact.tensors[str(site)] for site in self.sites}
 
     def train(self, lm: FrozenLM, histories: Iterable[History]) -> Artifact | None:
         """Reads the population mean (each user counts once), which "population" needs; else does nothing.
@@ -93,14 +95,14 @@ class StyleVector(Method):
         users = len(next(iter(means.values())))
         if users < 2:
             raise SteerError(f"neutral='population' compares users with one another, and there is {users}; use 'model'")
-        self._population = Artifact(
+        self.artifact = Artifact(
             method=self.name,
             version=self.version,
             model=lm.fingerprint,
             tensors={str(site): torch.stack(rows).mean(0) for site, rows in means.items()},
             settings={"pool": self.pool, "users": users},
         )
-        return self._population
+        return self.artifact
 
     def fit(self, lm: FrozenLM, history: History) -> UserState:
         """Reads one user's vectors, one for each layer.
@@ -110,11 +112,11 @@ class StyleVector(Method):
         """
         if not len(history):
             raise SteerError(f"{history.user_id!r} has no records to read a style from")
-        own = self._known.get((lm, history)) or self._read(lm, history)
+        own = self._known.pop((lm, history), None) or self._read(lm, history)
         neutral = self._neutral_means(lm, history)
         settings = {"neutral": self.neutral, "pool": self.pool, "start": self.start}
-        if self._population is not None:
-            settings["population"] = self._population.hash
+        if self.artifact is not None:
+            settings["population"] = self.artifact.hash
         return UserState(
             provenance=Provenance(
                 method=self.name,
@@ -137,12 +139,9 @@ class StyleVector(Method):
 
     def _neutral_means(self, lm: FrozenLM, history: History) -> dict[Site, torch.Tensor]:
         if self.neutral == "population":
-            mean = self.population
-            if self._population is not None and self._population.model != lm.fingerprint:
-                raise SteerError(
-                    f"the population was read with {self._population.model}, this model is {lm.fingerprint}"
-                )
-            return mean
+            if self.artifact is not None:
+                self._require_model(lm, self.artifact)
+            return self.population
         texts = self._neutral_texts(lm, history)
         spans = [response_span(lm, text, record.prompt) for text, record in zip(texts, history, strict=True)]
         return {site: reading.mean for site, reading in read(lm, spans, self.sites, pool=self.pool).items()}
@@ -183,7 +182,15 @@ def _own_answers(lm: FrozenLM, history: History, tokens: int) -> list[str]:
             f"neutral='model' lets the model answer the prompts of {history.user_id!r}, and some records have none; "
             "give an instruction, or use neutral='population'"
         )
-    answers = lm.generate([prompt for prompt in prompts if prompt is not None], max_new_tokens=tokens, do_sample=False)
+    answers = [
+        answer
+        for start in range(0, len(prompts), _ANSWERS_AT_ONCE)
+        for answer in lm.generate(
+            [prompt for prompt in prompts[start : start + _ANSWERS_AT_ONCE] if prompt is not None],
+            max_new_tokens=tokens,
+            do_sample=False,
+        )
+    ]
     empty = next((p for p, answer in zip(prompts, answers, strict=True) if not answer.strip()), None)
     if empty is not None:
         raise SteerError(f"the model answers nothing to {empty[:60]!r}; use another neutral side: {_NEUTRAL}")

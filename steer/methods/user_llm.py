@@ -12,7 +12,7 @@ at one site; the cross-attention layers are trained, shared by all users, and th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,7 +52,6 @@ class UserLLM(Method):
     learning_rate: float = 1e-3
     batch: int = 8
     seed: int = 0
-    _trained: Artifact | None = field(default=None, init=False, repr=False)
 
     @property
     def sites(self) -> list[Site]:
@@ -76,9 +75,12 @@ class UserLLM(Method):
         examples = [example for history in histories if len(history) > 1 for example in self._examples(lm, history)]
         if not examples:
             raise SteerError("training needs users with at least two records: one is predicted from the others")
-        torch.manual_seed(self.seed)
         generator = torch.Generator().manual_seed(self.seed)
-        layers = {site: GatedCrossAttention(lm.width, lm.width, heads=self.heads).to(lm.device) for site in self.sites}
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            layers = {site: GatedCrossAttention(lm.width, lm.width, heads=self.heads) for site in self.sites}
+        for layer in layers.values():
+            layer.to(lm.device)
         parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate)
         for step, chosen in enumerate(batches_of(examples, self.batch, self.steps, generator)):
@@ -90,7 +92,7 @@ class UserLLM(Method):
             optimizer.step()
             if on_step is not None:
                 on_step(step, loss.item())
-        self._trained = Artifact(
+        self.artifact = Artifact(
             method=self.name,
             version=self.version,
             model=lm.fingerprint,
@@ -101,7 +103,7 @@ class UserLLM(Method):
             },
             settings={"sites": [str(site) for site in self.sites], "heads": self.heads, "read_layer": self.read_layer},
         )
-        return self._trained
+        return self.artifact
 
     def fit(self, lm: FrozenLM, history: History) -> UserState:
         """Reads the memory, one vector for each record, oldest first.
@@ -109,8 +111,9 @@ class UserLLM(Method):
         Raises:
             SteerError: the history is empty, or the layers were not trained.
         """
-        if self._trained is None:
-            raise SteerError("the cross-attention layers come first: call train(lm, histories)")
+        if self.artifact is None:
+            raise SteerError("the cross-attention layers come first: call train(lm, histories), or use(lm, artifact)")
+        self._require_model(lm, self.artifact)
         if not len(history):
             raise SteerError(f"{history.user_id!r} has no records to remember")
         return UserState(
@@ -119,7 +122,7 @@ class UserLLM(Method):
                 version=self.version,
                 model=lm.fingerprint,
                 sites=tuple(str(site) for site in self.sites),
-                artifact=self._trained.hash,
+                artifact=self.artifact.hash,
                 records=tuple(record.id for record in history),
                 settings={"read_layer": self.read_layer},
             ),

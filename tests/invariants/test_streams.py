@@ -169,7 +169,10 @@ def test_tokens_that_the_model_rules_out_do_not_become_nan(lm: steer.FrozenLM) -
     for output in outputs:
         assert not ((output.sequences >= 5) & (output.sequences < 50)).any()
         assert not torch.stack(output.scores).isnan().any()
-    assert torch.stack(outputs[0].scores)[..., 60].isfinite().all()
+    # Where λ is negative these streams count, and rule it out; elsewhere they are contrasted with, and cannot.
+    ruled_out = torch.stack(outputs[0].scores)[..., 60].isneginf()
+    contrasted = torch.tensor([context is not None for context in CONTEXTS])
+    assert torch.equal(ruled_out, ((LAMS < 0) & contrasted).expand_as(ruled_out))
 
 
 def test_return_sequences_of_contrasted_rows(lm: steer.FrozenLM) -> None:
