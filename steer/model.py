@@ -33,7 +33,7 @@ Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 States = UserState | Sequence[UserState] | RowStates | None
 
 # The hooks keep an attachment alive for as long as its model. A strong reference would keep both alive forever.
-_WRAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
+_WRAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FrozenLM]] = weakref.WeakKeyDictionary()
 _SAMPLED_WEIGHTS = 256
 _ARCHITECTURE_KEYS = (
     "model_type",
@@ -66,7 +66,7 @@ class FrozenLM:
         *,
         sites: Iterable[Site | str] | None = None,
     ) -> None:
-        if model in _WRAPPED:
+        if model in _WRAPPED and _WRAPPED[model]() is not None:
             raise SteerError("this model is wrapped already; use that FrozenLM, or close() it first")
         self.model, self.tokenizer = model, tokenizer
         self._embedding = cast(nn.Embedding, model.get_input_embeddings())
@@ -75,10 +75,13 @@ class FrozenLM:
         self.operators = Operators(prefix_start=1 if self._adds_bos else 0)
         self.attachment = Attachment(model, architecture_of(self._config))
         self.n_layers = len(self.attachment.blocks)
-        self._training = [module for module in model.modules() if module.training]
-        self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        training = [module for module in model.modules() if module.training]
+        # Also when a FrozenLM is forgotten without close(): nobody could wrap the model again.
+        self._restore = weakref.finalize(self, _restore, self.attachment, training, trainable)
+        self._restore.atexit = False
         model.eval()
-        for parameter in self._trainable:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         every_block = [Site("resid_post", layer) for layer in range(self.n_layers)]
         try:
@@ -86,7 +89,7 @@ class FrozenLM:
         except BaseException:
             self.close()
             raise
-        _WRAPPED[model] = weakref.ref(self.attachment)
+        _WRAPPED[model] = weakref.ref(self)
 
     def declare(self, *sites: Site | str) -> None:
         """Prepares sites for reading and steering; `embed` and all `resid_post` are, unless told otherwise.
@@ -98,12 +101,7 @@ class FrozenLM:
 
     def close(self) -> None:
         """Removes every hook and leaves the model as it was. Closing twice does nothing."""
-        self.attachment.remove()
-        for module in self._training:
-            module.training = True
-        for parameter in self._trainable:
-            parameter.requires_grad_(True)
-        self._training, self._trainable = [], []
+        self._restore()
         _WRAPPED.pop(self.model, None)
 
     def __enter__(self) -> FrozenLM:
@@ -424,9 +422,17 @@ def uncompile(model: nn.Module) -> None:
     vars(model).pop("_compiled_call", None)
     for module in model.modules():
         module._compiled_call_impl = None
-    attachment = _WRAPPED[model]() if model in _WRAPPED else None
-    if attachment is not None:
-        attachment.traced = False
+    lm = _WRAPPED[model]() if model in _WRAPPED else None
+    if lm is not None:
+        lm.attachment.traced = False
+
+
+def _restore(attachment: Attachment, training: list[nn.Module], trainable: list[nn.Parameter]) -> None:
+    attachment.remove()
+    for module in training:
+        module.training = True
+    for parameter in trainable:
+        parameter.requires_grad_(True)
 
 
 def _by_name(states: States) -> RowStates:

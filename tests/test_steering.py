@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -457,3 +458,13 @@ def test_a_closed_model_is_not_hooked_again() -> None:
     with pytest.raises(steer.SteerError, match="closed"):
         lm.generate_tokens(["hello"])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+
+
+def test_a_forgotten_wrapper_leaves_the_model_as_it_was() -> None:
+    model = tiny("llama").train()
+    steer.wrap(model, tokenizer())
+    gc.collect()
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    steer.wrap(model, tokenizer()).close()

@@ -126,10 +126,15 @@ class Streams:
         if isinstance(output, torch.Tensor):
             return output[: self.batch, self.padding :]
         output["sequences"] = output["sequences"][: self.batch, self.padding :]
-        for name in ("scores", "logits"):
+        for name in ("scores", "logits", "attentions", "hidden_states"):
             if output.get(name) is not None:
-                output[name] = tuple(step[: self.batch] for step in output[name])
+                output[name] = self._cut(output[name])
+        # Its rows are not the batch's, so nobody could go on from it.
+        output["past_key_values"] = None
         return output
+
+    def _cut(self, value: Any) -> Any:
+        return value[: self.batch] if isinstance(value, torch.Tensor) else tuple(self._cut(item) for item in value)
 
 
 class OwnRows:

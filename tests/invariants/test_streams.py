@@ -238,3 +238,9 @@ def test_what_cannot_be_contrasted_is_refused(llama: steer.FrozenLM) -> None:
         llama.steered(edits=[steer.StreamEdit(CONTEXTS, LAMS[:2])]),
     ):
         pass
+
+
+def test_what_generate_returns_has_the_rows_of_the_batch(lm: steer.FrozenLM) -> None:
+    output = generate(lm, output_hidden_states=True)
+    assert all(hidden.shape[0] == 4 for step in output.hidden_states for hidden in step)
+    assert output.past_key_values is None
