@@ -37,7 +37,7 @@ def main() -> None:
         (user, history.split(arguments.holdout, arguments.limit)[0])
         for user, history in steer.read_histories(arguments.history, instruction=arguments.instruction)
     ][: arguments.authors]
-    method = steer.StyleVector(layer=arguments.layer, neutral="population", start="all")
+    method = steer.StyleVector(layer=arguments.layer, neutral="population", positions="all")
     method.train(lm, [history for _, history in histories])
     bank = steer.Bank(tempfile.mkdtemp() + "/bank")
     bank.update({(user, "style"): method.fit(lm, history) for user, history in histories})

@@ -118,8 +118,8 @@ class Steering:
         if plan.prefix is not None:
             working[Site("embed")].append(pool.overwriting)
         for add in plan.residual:
-            gate = self._gates.setdefault(add.start, pool.gates.setdefault(add.start, Gate(add.start)))
-            key = (add.site, add.start)
+            gate = self._gates.setdefault(add.positions, pool.gates.setdefault(add.positions, Gate(add.positions)))
+            key = (add.site, add.positions)
             if key not in self._adding:
                 self._adding[key] = pool.adding.setdefault(key, AddVectors(gate))
                 working[add.site].append(self._adding[key])
@@ -146,7 +146,7 @@ class Steering:
     def _gather(self, rows: Rows) -> None:
         lm, plan = self.lm, self.plan
         for key, adding in self._adding.items():
-            edits = [edit for edit in plan.residual if (edit.site, edit.start) == key]
+            edits = [edit for edit in plan.residual if (edit.site, edit.positions) == key]
             adding.load(edits, rows, lm.dtype, lm.device_at(key[0]))
         if plan.prefix is not None:
             self._pool.overwriting.load(plan.prefix, rows, lm.dtype, lm.device_at(Site("embed")))

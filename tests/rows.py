@@ -71,7 +71,7 @@ def edits_of(rows: Sequence[Row], layer: GatedCrossAttention) -> list[Edit]:
     lams = torch.tensor([0.0 if row.context is None else row.lam for row in rows])
     return [
         steer.ResidualEdit(steer.Site("resid_post", 1), vectors[:, 0]),
-        steer.ResidualEdit(steer.Site("resid_post", 0), vectors[:, 1], start="all"),
+        steer.ResidualEdit(steer.Site("resid_post", 0), vectors[:, 1], positions="all"),
         steer.PrefixEdit.from_rows([row.prefix for row in rows], WIDTH),
         steer.MemoryEdit.from_rows(steer.Site("resid_mid", 1), layer, [row.memory for row in rows]),
         steer.StreamEdit(contexts, lams),

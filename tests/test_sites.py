@@ -92,7 +92,7 @@ def test_another_architecture_can_be_described(monkeypatch: pytest.MonkeyPatch) 
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), steer.wrap(model) as lm:
         plain = model(ids, output_hidden_states=True).hidden_states[1]
-        with lm.steered(edits=[steer.ResidualEdit(Site("resid_post", 0), vector, start="all")]):
+        with lm.steered(edits=[steer.ResidualEdit(Site("resid_post", 0), vector, positions="all")]):
             steered = model(ids, output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(steered, plain + 1)
 

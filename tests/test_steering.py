@@ -31,7 +31,7 @@ def style(lm: steer.FrozenLM, seed: int, size: float = 60.0, norm: float = NORM)
             1,
             lm.fingerprint,
             (str(SITE),),
-            settings={"start": "last_prompt"},
+            settings={"positions": "response"},
             calibration={"reference_norm": {str(SITE): norm}},
         ),
         {str(SITE): size * vector / vector.norm()},
@@ -308,7 +308,7 @@ def test_edits_that_make_no_sense(llama: steer.FrozenLM) -> None:
     refused("not finite", steer.ResidualEdit(SITE, torch.full((2, WIDTH), float("inf"))))
     refused("prefixes are 5 wide", steer.PrefixEdit.from_rows([torch.ones(1, 5), None], 5))
     refused("the model has 3 layers", steer.ResidualEdit(steer.Site("resid_post", 3), torch.ones(2, WIDTH)))
-    with pytest.raises(steer.SteerError, match="start='later' is not one of"):
+    with pytest.raises(steer.SteerError, match="positions='later' is not one of"):
         steer.ResidualEdit(SITE, torch.ones(2, WIDTH), "later")  # type: ignore[arg-type]
     with pytest.raises(steer.SteerError, match="a prefix of 3 tokens in room for 2"):
         steer.PrefixEdit(torch.ones(1, 2, WIDTH), torch.tensor([3]))
@@ -414,19 +414,19 @@ def styled(lm: steer.FrozenLM, seed: int, **settings: str) -> steer.UserState:
         1,
         lm.fingerprint,
         (site,),
-        settings={"start": "last_prompt", **settings},
+        settings={"positions": "response", **settings},
         calibration={"reference_norm": {site: 1.0}},
     )
     return steer.UserState(source, {site: vector})
 
 
 def test_states_of_one_method_keep_their_own_settings(llama: steer.FrozenLM) -> None:
-    prompts, states = ["a prompt", "another one"], [styled(llama, 0), styled(llama, 1, start="all")]
+    prompts, states = ["a prompt", "another one"], [styled(llama, 0), styled(llama, 1, positions="all")]
     together = llama.generate_tokens(prompts, states=states, max_new_tokens=6)
     alone = [llama.generate_tokens([p], states=[s], max_new_tokens=6)[0] for p, s in zip(prompts, states, strict=True)]
     assert together == alone
     with llama.steered(states=states, prompt_lengths=[1, 1]) as steering:
-        assert sorted(edit.start for edit in steering.plan.residual) == ["all", "last_prompt"]
+        assert sorted(edit.positions for edit in steering.plan.residual) == ["all", "response"]
         llama.model(torch.tensor([[5], [6]]))
 
 

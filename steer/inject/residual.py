@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-Start = Literal["last_prompt", "generated", "all"]
+Positions = Literal["response", "generated", "all"]
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class ResidualEdit:
     Attributes:
         site: where.
         vectors: one per row; rows without a user hold zeros.
-        start: first position that is edited. `last_prompt` (the default) is the token that predicts the first new one,
+        positions: first position that is edited. `response` (the default) is the token that predicts the first new one,
             `generated` the first new token itself (METHODS: StyleVector's t ≥ |x|), `all` the whole prompt.
         reference_norms: the median residual norm at the site, per row: the unit of a dose. None if not known.
     """
 
     site: Site
     vectors: Float[Tensor, "batch d"]
-    start: Start = "last_prompt"
+    positions: Positions = "response"
     reference_norms: Float[Tensor, " batch"] | None = None
 
     def __post_init__(self) -> None:
-        if self.start not in get_args(Start):
-            raise SteerError(f"start={self.start!r} is not one of {', '.join(get_args(Start))}")
+        if self.positions not in get_args(Positions):
+            raise SteerError(f"positions={self.positions!r} is not one of {', '.join(get_args(Positions))}")
 
     def at_strength(self, strength: Float[Tensor, " batch"]) -> ResidualEdit:
         """Multiplies each row's vector by its raw coefficient."""
@@ -60,8 +60,8 @@ class ResidualEdit:
 class Gate:
     """Which positions are edited, per row: computed once per forward pass and shared by all layers."""
 
-    def __init__(self, start: Start) -> None:
-        self.start = start
+    def __init__(self, positions: Positions) -> None:
+        self.positions = positions
         self.first: Int[Tensor, " row"] | None = None
         self.known = False
         self.mask: Float[Tensor, "row pos 1"] | None = None
@@ -70,18 +70,18 @@ class Gate:
         """Takes the prompt lengths of the rows."""
         lengths = rows.prompt_lengths
         # Positions count from 0, so for "all" there is nothing to know.
-        self.known = lengths is not None or self.start == "all"
-        if lengths is None or self.start == "all":
+        self.known = lengths is not None or self.positions == "all"
+        if lengths is None or self.positions == "all":
             first = torch.zeros_like(rows.owners)
         else:
-            first = lengths - 1 if self.start == "last_prompt" else lengths
+            first = lengths - 1 if self.positions == "response" else lengths
         self.first = refill(self.first, first)
 
     def begin(self, positions: Int[Tensor, "row pos"], dtype: torch.dtype) -> None:
         """Computes the mask of this forward pass."""
         if self.first is None or not self.known:
             raise SteerError(
-                f"vectors are bound from {self.start!r} on, and the prompt lengths are not known. Generate with "
+                f"vectors are bound from {self.positions!r} on, and the prompt lengths are not known. Generate with "
                 "model.generate(..., **steering.generate_kwargs()), or give lm.steered(..., prompt_lengths=[...])"
             )
         self.mask = (positions >= self.first[:, None]).unsqueeze(-1).to(dtype)

@@ -21,7 +21,7 @@ import torch
 from steer.errors import SteerError
 from steer.history import History, Record
 from steer.inject import Edit, ResidualEdit
-from steer.inject.residual import Start
+from steer.inject.residual import Positions
 from steer.method import Method
 from steer.read import Pool, Reading, read, record_span, response_span
 from steer.sites import Site
@@ -44,7 +44,7 @@ class StyleVector(Method):
             (the paper's choice, with the model in place of GPT-3.5). "population": the mean over all users, from
             `train`. "field:NAME": a key of the records. "file:PATH": JSONL lines with `id` and `response`.
         pool: the "last" token of a text (the paper), or the "mean" over the response.
-        start: from which position on to add; `last_prompt` also steers the first new token, the paper's t ≥ |x| is
+        positions: from which position on to add; `response` also steers the first new token, the paper's t ≥ |x| is
             "generated".
         neutral_tokens: length of the frozen model's own answers.
     """
@@ -54,7 +54,7 @@ class StyleVector(Method):
     layer: int | Sequence[int]
     neutral: str = "model"
     pool: Pool = "mean"
-    start: Start = "last_prompt"
+    positions: Positions = "response"
     neutral_tokens: int = 96
     # What `train` has read of each history, so that `fit` need not read it again.
     _known: dict[tuple[FrozenLM, History], dict[Site, Reading]] = field(default_factory=dict, init=False, repr=False)
@@ -114,7 +114,7 @@ class StyleVector(Method):
             raise SteerError(f"{history.user_id!r} has no records to read a style from")
         own = self._known.pop((lm, history), None) or self._read(lm, history)
         neutral = self._neutral_means(lm, history)
-        settings = {"neutral": self.neutral, "pool": self.pool, "start": self.start}
+        settings = {"neutral": self.neutral, "pool": self.pool, "positions": self.positions}
         if self.artifact is not None:
             settings["population"] = self.artifact.hash
         return UserState(
@@ -170,7 +170,7 @@ def _edit(site: Site, states: Sequence[UserState | None], like: UserState) -> Re
     return ResidualEdit(
         site=site,
         vectors=torch.stack([zero if state is None else state.tensors[str(site)].float() for state in states]),
-        start=like.provenance.settings["start"],
+        positions=like.provenance.settings["positions"],
         reference_norms=torch.tensor(norms),
     )
 

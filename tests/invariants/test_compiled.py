@@ -282,7 +282,7 @@ def test_code_compiled_behind_the_back_is_reported() -> None:
     ids = torch.tensor([[5, 6, 7]])
     compiled(ids)
     with steer.wrap(model, tokenizer()) as lm:
-        edit = steer.ResidualEdit(steer.Site("resid_post", 1), torch.ones(1, WIDTH), start="all")
+        edit = steer.ResidualEdit(steer.Site("resid_post", 1), torch.ones(1, WIDTH), positions="all")
         with pytest.warns(UserWarning, match="without a forward pass"), lm.steered(edits=[edit]):
             compiled(ids)
 

@@ -35,7 +35,7 @@ def steered(lm: steer.FrozenLM, edits: list[Edit], rows: Sequence[Row] = ROWS) -
 
 NEUTRAL: dict[str, Callable[[], Edit]] = {
     "zero vectors": lambda: steer.ResidualEdit(START, torch.zeros(4, WIDTH)),
-    "zero vectors everywhere": lambda: steer.ResidualEdit(START, torch.zeros(4, WIDTH), start="all"),
+    "zero vectors everywhere": lambda: steer.ResidualEdit(START, torch.zeros(4, WIDTH), positions="all"),
     "strength 0": lambda: steer.ResidualEdit(START, VECTORS).at_strength(torch.zeros(4)),
     "dose 0": lambda: steer.ResidualEdit(START, VECTORS, reference_norms=torch.ones(4)).at_dose(torch.zeros(4)),
     "no prefixes": lambda: steer.PrefixEdit.from_rows([None] * 4, WIDTH),
@@ -61,7 +61,7 @@ def test_rows_without_a_user_beside_steered_ones(lm: steer.FrozenLM) -> None:
     memories = [MEMORY, None, MEMORY[:2], None]
     edits = [
         steer.ResidualEdit(START, vectors),
-        steer.ResidualEdit(steer.Site("embed"), vectors, start="all"),
+        steer.ResidualEdit(steer.Site("embed"), vectors, positions="all"),
         steer.MemoryEdit.from_rows(steer.Site("resid_mid", 1), cross_attention(), memories),
     ]
     logits, expected = steered(lm, edits), plain(lm, [row.prompt for row in ROWS])

@@ -94,7 +94,7 @@ def test_a_fine_tuned_model_is_another_model() -> None:
 def test_a_state_of_another_model_is_refused_and_both_are_named(llama: steer.FrozenLM) -> None:
     other = fingerprint("llama", seed=1)
     state = steer.UserState(
-        Provenance("style_vector", 1, other, ("resid_post[1]",), settings={"start": "last_prompt"}),
+        Provenance("style_vector", 1, other, ("resid_post[1]",), settings={"positions": "response"}),
         {"resid_post[1]": torch.ones(WIDTH)},
     )
     with pytest.raises(steer.SteerError) as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import steer
-from steer.inject.residual import Start
+from steer.inject.residual import Positions
 
 PROMPTS = ["a prompt", "xyz", "another, longer one"]
 LENGTHS = [len(prompt) for prompt in PROMPTS]
@@ -28,8 +28,8 @@ class Bypass(torch.nn.Module):
         return hidden
 
 
-def edit(start: Start = "last_prompt") -> steer.ResidualEdit:
-    return steer.ResidualEdit(SITE, VECTORS, start)
+def edit(where: Positions = "response") -> steer.ResidualEdit:
+    return steer.ResidualEdit(SITE, VECTORS, where)
 
 
 def forward(lm: steer.FrozenLM, side: str = "left", *, positions: bool = True) -> tuple[list[Tensor], Tensor]:
@@ -61,16 +61,16 @@ def test_the_first_new_token_is_steered_by_default_and_unsteered_with_generated(
 
 @pytest.mark.parametrize("positions", [True, False], ids=["position ids", "mask only"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("start", "first"), [("last_prompt", -1), ("generated", 0), ("all", -99)])
+@pytest.mark.parametrize(("where", "first"), [("response", -1), ("generated", 0), ("all", -99)])
 def test_exactly_the_positions_from_the_start_on_are_edited(
-    lm: steer.FrozenLM, start: Start, first: int, side: str, positions: bool
+    lm: steer.FrozenLM, where: Positions, first: int, side: str, positions: bool
 ) -> None:
     if side == "left" and not positions and lm.model.config.model_type == "gpt2":
         pytest.skip("GPT-2 itself needs position ids when the padding is on the left")
     # As if the last two tokens of each row had been generated.
     lengths = [length - 2 for length in LENGTHS]
     plain, mask = forward(lm, side, positions=positions)
-    with lm.steered(edits=[edit(start)], prompt_lengths=lengths):
+    with lm.steered(edits=[edit(where)], prompt_lengths=lengths):
         hidden, _ = forward(lm, side, positions=positions)
     for row, length in enumerate(lengths):
         begin = max(length + first, 0)
@@ -118,8 +118,8 @@ def test_a_conversation_that_continues_a_cache(lm: steer.FrozenLM) -> None:
 
 
 def test_a_forward_pass_without_prompt_lengths_is_refused_where_they_matter(lm: steer.FrozenLM) -> None:
-    for start in ("last_prompt", "generated"):
-        with pytest.raises(steer.SteerError, match="prompt_lengths"), lm.steered(edits=[edit(start)]):
+    for where in ("response", "generated"):
+        with pytest.raises(steer.SteerError, match="prompt_lengths"), lm.steered(edits=[edit(where)]):
             forward(lm)
     with lm.steered(edits=[edit("all")]):
         forward(lm)
@@ -186,7 +186,7 @@ def test_what_never_took_part_is_reported(llama: steer.FrozenLM) -> None:
         llama.steered(edits=[contrast]),
     ):
         llama.model(torch.tensor([[5, 6, 7]]))
-    late = steer.ResidualEdit(steer.Site("resid_post", 2), VECTORS[:1], start="all")
+    late = steer.ResidualEdit(steer.Site("resid_post", 2), VECTORS[:1], positions="all")
     llama.attachment.decoder.layers[2] = Bypass()
     with pytest.raises(steer.SteerError, match=r"vectors at resid_post\[2\]"), llama.steered(edits=[late]):
         llama.model(torch.tensor([[5, 6, 7]]))

@@ -66,9 +66,9 @@ def steered(
     site: Site | str,
     vectors: Tensor,
     prompts: Sequence[list[int]] = HERE,
-    start: str = "last_prompt",
+    positions: str = "response",
 ) -> tuple[Tensor, list[Tensor]]:
-    edit = steer.ResidualEdit(Site.parse(site), vectors, start)  # type: ignore[arg-type]
+    edit = steer.ResidualEdit(Site.parse(site), vectors, positions)  # type: ignore[arg-type]
     with lm.steered(edits=[edit], prompt_lengths=[len(ids) for ids in prompts]):
         return run(lm, prompts)
 
@@ -130,7 +130,7 @@ def test_moving_the_residual_stream_from_one_prompt_to_another(lm: steer.FrozenL
     assert_close(hidden[-1], hidden_there[-1])
     assert (run(lm, HERE)[0] - there).abs().max(-1).values.min() > 0.1
     whole = states(lm, site, OTHERS) - states(lm, site, ONES)
-    assert_close(steered(lm, site, whole, ONES, start="all")[0], run(lm, OTHERS)[0])
+    assert_close(steered(lm, site, whole, ONES, positions="all")[0], run(lm, OTHERS)[0])
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
@@ -206,7 +206,7 @@ def test_a_site_that_the_architecture_does_not_have() -> None:
 
 
 def test_nothing_is_read_while_the_model_is_steered(llama: steer.FrozenLM) -> None:
-    edit = steer.ResidualEdit(Site("embed"), torch.ones(1, llama.width), start="all")
+    edit = steer.ResidualEdit(Site("embed"), torch.ones(1, llama.width), positions="all")
     with llama.steered(edits=[edit]):
         run(llama, HERE[:1])
         with pytest.raises(steer.SteerError, match="already steered"):
