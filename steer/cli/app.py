@@ -8,7 +8,9 @@ from steer.cli.bank import bank
 from steer.cli.demo import demo
 from steer.cli.extract import extract
 from steer.cli.generate import generate
+from steer.cli.lens import lens
 from steer.cli.models import models
+from steer.cli.tokens import tokens
 
 app = typer.Typer(
     help="Make a frozen language model write like a particular person.\n\n"
@@ -23,5 +25,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(extract)
 app.command()(generate)
+app.command()(lens)
+app.command()(tokens)
 app.add_typer(bank, name="bank")
 app.add_typer(models, name="models")
