@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from steer.errors import SteerError
 from steer.inject.rows import Rows
@@ -41,9 +42,8 @@ class Branches(Steering):
         super().__init__(lm, plan)
         self.site = _fork(lm, plan)
         # As soon as the prompt is steered as well, it is another prompt for every row.
-        self._shares_prompt = (
-            all(edit.positions in ("response", "generated") for edit in plan.residual) and not plan.memory
-        )
+        spared = all(edit.positions in ("response", "generated") for edit in plan.residual)
+        self._shares_prompt = spared and not plan.memory
 
     def losses(self, span: Span, *, batch_tokens: int = 2048) -> Float[Tensor, "row token"]:
         """−log p of each of the span's tokens under each row's edits, in nats, on the CPU.
@@ -100,7 +100,7 @@ class Branches(Steering):
         cache = copy.deepcopy(prompt)
         if cache is not None:
             for layer in cache.layers[0 if self.site is None else _blocks_before(self.site) :]:
-                layer.batch_repeat_interleave(rows)
+                cast(DynamicLayer, layer).batch_repeat_interleave(rows)
         if self.site is None:
             ids = ids.expand(rows, -1)
         return self.lm.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
@@ -111,18 +111,20 @@ def _fork(lm: FrozenLM, plan: Plan) -> Site | None:
     # Without position ids the model makes a bias for as many rows as its mask has, which does not broadcast.
     if not lm.attachment.architecture.takes_position_ids:
         return None
-    return min(
-        (_entry(lm, site) for site in plan.sites), key=_blocks_before, default=Site("resid_post", lm.n_layers - 1)
-    )
+    return min((_entry(lm, site) for site in plan.sites), key=_blocks_before, default=_top(lm))
 
 
 def _entry(lm: FrozenLM, site: Site) -> Site:
     if site.name == "ln_final":
-        return Site("resid_post", lm.n_layers - 1)
+        return _top(lm)
     if site.layer is None or site.name == "resid_post":
         return site
     assert site.name in _WITHIN_BLOCK
     return Site("resid_post", site.layer - 1) if site.layer else Site("embed")
+
+
+def _top(lm: FrozenLM) -> Site:
+    return Site("resid_post", lm.n_layers - 1)
 
 
 def _blocks_before(site: Site) -> int:
