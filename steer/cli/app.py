@@ -9,6 +9,7 @@ from steer.cli.demo import demo
 from steer.cli.extract import extract
 from steer.cli.generate import generate
 from steer.cli.models import models
+from steer.cli.score import score
 
 app = typer.Typer(
     help="Make a frozen language model write like a particular person.\n\n"
@@ -23,5 +24,6 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(extract)
 app.command()(generate)
+app.command()(score)
 app.add_typer(bank, name="bank")
 app.add_typer(models, name="models")

@@ -28,6 +28,13 @@ Device = Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; as the weights are stored.", show_default=False)
 ]
+Instruction = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompt for records without one, from their other keys, such as 'Write a commit message titled: {title}'.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
