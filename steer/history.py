@@ -43,6 +43,10 @@ class History:
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)
 
+    def first(self, count: int | None) -> History:
+        """The oldest `count` records; all of them if None."""
+        return History(self.user_id, self.records[:count])
+
     def split(self, holdout: int = 0, limit: int | None = None) -> tuple[History, History]:
         """Leaves out the last `holdout` records, then keeps the newest `limit` of the rest.
 

@@ -10,6 +10,8 @@ from steer.cli.extract import extract
 from steer.cli.generate import generate
 from steer.cli.lens import lens
 from steer.cli.models import models
+from steer.cli.score import score
+from steer.cli.sweep import sweep
 from steer.cli.tokens import tokens
 
 app = typer.Typer(
@@ -25,6 +27,8 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(extract)
 app.command()(generate)
+app.command()(score)
+app.command()(sweep)
 app.command()(lens)
 app.command()(tokens)
 app.add_typer(bank, name="bank")

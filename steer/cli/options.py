@@ -28,6 +28,13 @@ Device = Annotated[str | None, typer.Option(help="cuda, cpu, …; a GPU if there
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; as the weights are stored.", show_default=False)
 ]
+Instruction = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompt for records without one, from their other keys, such as 'Write a commit message titled: {title}'.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -56,3 +63,11 @@ def parse_layers(text: str) -> list[int]:
     if min(layers) < 0 or len(set(layers)) < len(layers):
         raise SteerError(f"--layer {text}: layers count from 0 and are named once")
     return layers
+
+
+def parse_numbers(option: str, text: str) -> list[float]:
+    """Reads `0.5` or `0.25,0.5,1`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SteerError(f"{option} {text} is not a list of numbers such as 0.5 or 0.25,0.5,1") from None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from steer.cli import directions, options
+from steer.errors import SteerError
 
 
 def tokens(
@@ -38,6 +39,9 @@ def tokens(
     """
     from steer import view
 
+    if values not in get_args(view.Values):
+        raise SteerError(f"--values {values} is not one of {', '.join(get_args(view.Values))}")
+    shown: view.Values = values  # type: ignore[assignment]
     chosen = directions.collect(bank, user, name, vector)
     lm = options.load(model, device, dtype)
     found = view.projections(lm, text, chosen, site, prompt=prompt)
@@ -52,7 +56,7 @@ def tokens(
         }
         print(json.dumps(result, ensure_ascii=False))
     else:
-        options.out.print(found.lines(values))  # type: ignore[arg-type]
-    directions.write(html, found.html(values))
+        options.out.print(found.lines(shown))
+    directions.write(html, found.html(shown))
     if png is not None:
-        directions.write(png, found.figure(values))
+        directions.write(png, found.figure(shown))

@@ -2,7 +2,8 @@
 
 from steer.view.figures import style_figure
 from steer.view.lens import Lens, lens
-from steer.view.projections import TokenMap, projections
+from steer.view.projections import TokenMap, Values, projections
+from steer.view.sweep import Sweep
 from steer.view.tokens import read_tokens
 
-__all__ = ["Lens", "TokenMap", "lens", "projections", "read_tokens", "style_figure"]
+__all__ = ["Lens", "Sweep", "TokenMap", "Values", "lens", "projections", "read_tokens", "style_figure"]

@@ -1,0 +1,207 @@
+"""Scoring: how likely what users wrote later is under their own states, under others', and under none.
+
+The states are rows of one batch over the same text, so that a gain is a difference within one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from steer.branches import Branches
+from steer.errors import SteerError
+from steer.history import History
+from steer.inject import Edit, PrefixEdit, StreamEdit
+from steer.likelihood import response_losses
+from steer.plan import Amount, Plan, edits_of
+from steer.read import Span, record_span
+from steer.state import Artifact, UserState
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from steer.model import FrozenLM
+
+_RESAMPLES = 10_000
+
+
+@torch.no_grad()
+def row_losses(
+    lm: FrozenLM, span: Span, edits: Sequence[Edit], rows: int, *, batch_tokens: int = 2048
+) -> Float[Tensor, " row"]:
+    """−log p of a span under each row of the edits, in nats, summed over its tokens.
+
+    Args:
+        lm: the model.
+        span: one text for all rows.
+        edits: of `rows` rows each.
+        rows: how many.
+        batch_tokens: tokens, over all rows, that one forward pass may have.
+
+    Raises:
+        SteerError: an edit contrasts streams, which have no likelihood of their own yet.
+    """
+    if any(isinstance(edit, StreamEdit) for edit in edits):
+        raise SteerError("states that contrast contexts cannot be scored yet; choose others by name")
+    if any(isinstance(edit, PrefixEdit) for edit in edits):
+        return response_losses(lm, [span] * rows, edits)[0].cpu()
+    branches = Branches(lm, Plan.of(lm, edits, rows))
+    branches.open()
+    try:
+        losses = branches.losses(span, batch_tokens=batch_tokens).sum(1)
+    except BaseException:
+        branches.close(check=False)
+        raise
+    branches.close()
+    return losses
+
+
+@dataclass(frozen=True)
+class UserScore:
+    """Negative log-likelihood of one user's scored records, in nats per token.
+
+    Attributes:
+        user: whose records these are.
+        base: without steering.
+        own: under the user's own state.
+        others: under the states of others, by user.
+        tokens: how many were scored.
+    """
+
+    user: str
+    base: float
+    own: float
+    others: Mapping[str, float]
+    tokens: int
+
+    @property
+    def other_mean(self) -> float | None:
+        """Mean over the others' states; None if there are none."""
+        return float(np.mean(list(self.others.values()))) if self.others else None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of many users, each of whom counts once."""
+
+    users: Sequence[UserScore]
+
+    def totals(self, *, seed: int = 0) -> dict[str, Any]:
+        """Means over users with 95 % bootstrap intervals over users, in nats per token.
+
+        `own_minus_base` below zero says that states help, `own_minus_other` below zero that they are personal. `top1`
+        is the share of users whose records are likelier under their own state than under any of the others'.
+        """
+        rng = np.random.default_rng(seed)
+        own, base = (np.array([getattr(score, name) for score in self.users]) for name in ("own", "base"))
+        totals: dict[str, Any] = {
+            "users": len(self.users),
+            "tokens": sum(score.tokens for score in self.users),
+            "own_minus_base": _interval(own - base, rng),
+            "better_than_base": float(np.mean(own < base)),
+        }
+        if all(score.others for score in self.users):
+            other = np.array([score.other_mean for score in self.users])
+            best = np.array([min(score.others.values()) for score in self.users])
+            totals |= {
+                "others": min(len(score.others) for score in self.users),
+                "other_minus_base": _interval(other - base, rng),
+                "own_minus_other": _interval(own - other, rng),
+                "own_beats_others": float(np.mean(own < other)),
+                "top1": float(np.mean(own < best)),
+            }
+        return totals
+
+    def to_json(self) -> dict[str, Any]:
+        """As `steer score --json` writes it."""
+        return {
+            "users": {
+                score.user: {
+                    "nll_base": score.base,
+                    "nll_own": score.own,
+                    "nll_other_mean": score.other_mean,
+                    "n_tokens": score.tokens,
+                }
+                for score in self.users
+            },
+            "totals": self.totals(),
+        }
+
+
+def score(
+    lm: FrozenLM,
+    histories: Iterable[History],
+    states: Mapping[str, UserState],
+    *,
+    others: int = 8,
+    strength: Amount | None = None,
+    dose: Amount | None = None,
+    artifacts: Mapping[str, Artifact] | None = None,
+    seed: int = 0,
+    max_tokens: int = 1024,
+    on_progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Scores users' records under no steering, their own states, and states of others.
+
+    Args:
+        lm: the model.
+        histories: the records to score, of users who have a state; none of them may have gone into a state.
+        states: one for each user.
+        others: how many other users' states to compare with, drawn for each user anew.
+        strength, dose: of the vectors, as for `FrozenLM.steered`.
+        artifacts: what the states' methods share, by hash.
+        seed: of the draw.
+        max_tokens: longer records are cut.
+        on_progress: told the number of records done.
+
+    Raises:
+        SteerError: a record was among those that a state was fitted on, a user has no state, or there is nothing to
+            score.
+    """
+    histories = [history for history in histories if len(history)]
+    if not histories:
+        raise SteerError("there are no records to score")
+    require_unseen(histories, states)
+    rng, done, scores = np.random.default_rng(seed), 0, []
+    for history in histories:
+        strangers = sorted(set(states) - {history.user_id})
+        chosen = [strangers[i] for i in rng.permutation(len(strangers))[:others]]
+        rows = [{}, *({"state": states[user]} for user in (history.user_id, *chosen))]
+        edits = edits_of(lm, rows, artifacts=artifacts, strength=strength, dose=dose)
+        sums, tokens = torch.zeros(len(rows), dtype=torch.float64), 0
+        for record in history:
+            span = record_span(lm, record, max_tokens=max_tokens)
+            sums += row_losses(lm, span, edits, len(rows)).double()
+            tokens += span.end - max(span.start, 1)
+            done += 1
+            if on_progress is not None:
+                on_progress(done)
+        base, own, *rest = (sums / tokens).tolist()
+        scores.append(UserScore(history.user_id, base, own, dict(zip(chosen, rest, strict=True)), tokens))
+    return Scores(scores)
+
+
+def require_unseen(histories: Sequence[History], states: Mapping[str, UserState]) -> None:
+    fitted = {record: user for user, state in states.items() for record in state.provenance.records}
+    for history in histories:
+        if history.user_id not in states:
+            raise SteerError(f"{history.user_id!r} has records to score and no state")
+        for record in history:
+            if record.id in fitted:
+                raise SteerError(
+                    f"record {record.id!r} of {history.user_id!r} is one that the state of {fitted[record.id]!r} was "
+                    "fitted on, so its score would say nothing; leave the last records out when fitting "
+                    "(steer extract --holdout N), and score these (steer score --holdout N)"
+                )
+
+
+def _interval(differences: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
+    """The mean and its 95 % percentile bootstrap interval."""
+    means = differences[rng.integers(len(differences), size=(_RESAMPLES, len(differences)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(differences.mean()), "low": float(low), "high": float(high)}
