@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from steer.errors import SteerError, UnknownUser
-from steer.inject import Edit, MemoryEdit, PrefixEdit, ResidualEdit, StreamEdit
+from steer.inject import Edit, MemoryEdit, PrefixEdit, SiteEdit, StreamEdit
+from steer.inject.residual import in_turn
 from steer.method import METHODS, method_of
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
@@ -33,7 +34,7 @@ class Plan:
     """The edits of one batch in the order in which they act: streams, prefix, then residual and memory by block."""
 
     batch: int
-    residual: tuple[ResidualEdit, ...] = ()
+    residual: tuple[SiteEdit, ...] = ()
     prefix: PrefixEdit | None = None
     memory: tuple[MemoryEdit, ...] = ()
     streams: StreamEdit | None = None
@@ -47,12 +48,15 @@ class Plan:
                 not exist, or two edits contrast the same row.
         """
         edits = list(edits)
-        residual = tuple(replace(e, site=e.site.canonical()) for e in edits if isinstance(e, ResidualEdit))
+        residual = tuple(in_turn(e.at(e.site.canonical()) for e in edits if isinstance(e, SiteEdit)))
         memory = tuple(replace(e, site=lm.memory_site(e.site)) for e in edits if isinstance(e, MemoryEdit))
         prefixes = [e for e in edits if isinstance(e, PrefixEdit)]
         streams = [e for e in edits if isinstance(e, StreamEdit)]
-        for add in residual:
-            _check(f"vectors for {add.site}", add.vectors, batch, lm.width_at(add.site))
+        for edit in residual:
+            for what, values in edit.states.items():
+                _check(f"{what} for {edit.site}", values, batch, lm.width_at(edit.site))
+            if not isinstance(edit.positions, str) and len(edit.positions) != batch:
+                raise SteerError(f"positions for {edit.site}: {len(edit.positions)} rows for a batch of {batch}")
         for prefix in prefixes:
             _check("prefixes", prefix.embeddings, batch, lm.width_at(Site("embed")))
         for attend in memory:
@@ -72,7 +76,7 @@ class Plan:
     @property
     def trains(self) -> bool:
         """Whether gradients are to flow into some edit."""
-        tensors = [edit.vectors for edit in self.residual]
+        tensors = [tensor for edit in self.residual for tensor in edit.tensors]
         tensors += [t for edit in self.memory for t in (edit.memory, *edit.layer.parameters())]
         tensors += [] if self.prefix is None else [self.prefix.embeddings]
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -175,8 +179,8 @@ def edits_of(
                 _require_same_model(lm, name, state)
         bound = method.bind(lm, own, like, _artifact(like, artifacts or {}))
         edits += [_scaled(edit, name, len(rows), strength, dose) for edit in bound]
-    if (strength is not None or dose is not None) and not any(isinstance(edit, ResidualEdit) for edit in edits):
-        raise SteerError("strength and dose scale vectors in the residual stream; none of these states has one")
+    if (strength is not None or dose is not None) and not any(isinstance(edit, SiteEdit) for edit in edits):
+        raise SteerError("strength and dose scale edits of the residual stream; none of these states has one")
     for amounts in (strength, dose):
         if isinstance(amounts, Mapping) and (stray := sorted(set(amounts) - {name for name, _ in likes})):
             raise SteerError(f"no state is named {stray[0]!r}; there are {', '.join(sorted(n for n, _ in likes))}")
@@ -209,7 +213,7 @@ def _artifact(like: UserState, artifacts: Mapping[str, Artifact]) -> Artifact | 
 
 
 def _scaled(edit: Edit, name: str, batch: int, strength: Amounts | None, dose: Amounts | None) -> Edit:
-    if not isinstance(edit, ResidualEdit):
+    if not isinstance(edit, SiteEdit):
         return edit
     if dose is not None and (amounts := _per_row(dose, name, batch)) is not None:
         return edit.at_dose(amounts)

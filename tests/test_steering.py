@@ -207,7 +207,7 @@ def test_a_closed_block_leaves_nothing_of_its_users(llama: steer.FrozenLM) -> No
     def left() -> list[Tensor]:
         pool = llama.operators
         memory = [tensor for attending in pool.attending.values() for tensor in (attending.keys, attending.values)]
-        found = [*(adding.vectors for adding in pool.adding.values()), *memory, pool.overwriting.values]
+        found = [*(editing.vectors for editing in pool.editing.values()), *memory, pool.overwriting.values]
         return [tensor for tensor in found if tensor is not None]
 
     with llama.steered(edits=edits) as steering:
