@@ -10,7 +10,7 @@ from steer.methods import CoS, PrefixTuning, StyleVector, UserLLM
 from steer.model import FrozenLM, load, uncompile, wrap
 from steer.read import read
 from steer.sites import Site
-from steer.state import Artifact, Provenance, UserState
+from steer.state import Artifact, Blend, Provenance, UserState
 from steer.steering import Steering
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ __all__ = [
     "Architecture",
     "Artifact",
     "Bank",
+    "Blend",
     "CoS",
     "FrozenLM",
     "History",
