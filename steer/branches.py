@@ -42,7 +42,9 @@ class Branches(Steering):
         super().__init__(lm, plan)
         self.site = _fork(lm, plan)
         # As soon as the prompt is steered as well, it is another prompt for every row.
-        spared = all(edit.positions in ("response", "generated") for edit in plan.residual)
+        spared = all(
+            isinstance(edit.positions, str) and edit.positions in ("response", "generated") for edit in plan.residual
+        )
         self._shares_prompt = spared and not plan.memory
 
     def losses(self, span: Span, *, batch_tokens: int = 2048) -> Float[Tensor, "row token"]:
