@@ -18,7 +18,6 @@ from steer.state import UserState
 from steer.view.sweep import Sweep
 
 if TYPE_CHECKING:
-
     from steer.inject import Edit
     from steer.model import FrozenLM
 

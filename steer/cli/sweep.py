@@ -54,9 +54,7 @@ def sweep(
     from steer import History, StyleVector, read_histories
     from steer.sweep import sweep as run
 
-    chosen = {"strengths": options.parse_numbers("--strengths", strengths)} if strengths is not None else {}
-    chosen |= {"doses": options.parse_numbers("--doses", doses)} if doses is not None else {}
-    if len(chosen) != 1:
+    if (strengths is None) == (doses is None):
         raise SteerError("give either --strengths or --doses to compare")
     method = StyleVector(layer=options.parse_layers(layers), neutral=neutral, pool=pool)  # type: ignore[arg-type]
     known: list[History] = []
@@ -79,7 +77,8 @@ def sweep(
             lm,
             later,
             states,
-            **chosen,
+            strengths=None if strengths is None else options.parse_numbers("--strengths", strengths),
+            doses=None if doses is None else options.parse_numbers("--doses", doses),
             others=others,
             seed=seed,
             on_progress=lambda done: progress.update(task, completed=done),

@@ -25,8 +25,10 @@ def colour(value: float, ramp: Sequence[str]) -> str:
 
 def ink(background: str) -> str:
     """Black or white, whichever is easier to read on a background."""
-    red, green, blue = _channels(background)
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else "#ffffff"
+    linear = ((channel / 255) ** 2.2 for channel in _channels(background))
+    luminance = sum(share * channel for share, channel in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    # Where the contrasts to black and to white are the same.
+    return "#000000" if luminance > 0.179 else "#ffffff"
 
 
 def colour_map(ramp: Sequence[str]) -> Any:

@@ -86,7 +86,9 @@ class Lens:
 
     def _repr_html_(self) -> str:
         limit = max(abs(token.logit) for _, ranked in self._sides() for row in ranked.values() for token in row)
-        head = "".join(f'<th colspan="2" style="text-align:left">{escape(name)}</th>' for name in self.promoted)
+        head = "".join(
+            f'<th colspan="2" style="text-align:left">{escape(printable(name))}</th>' for name in self.promoted
+        )
         body = []
         for title, ranked in self._sides():
             for rank, row in enumerate(zip(*ranked.values(), strict=True)):
@@ -115,7 +117,7 @@ class Lens:
             axes.set_ylim(len(tokens) - 0.4, -0.6)
             axes.axvline(0, color="0.4", lw=0.8)
             axes.tick_params(labelbottom=True)
-            axes.set_title(drawable(name), fontsize=11, parse_math=False)
+            axes.set_title(drawable(printable(name)), fontsize=11, parse_math=False)
         figure.supxlabel("change of the logit per dose, over the vocabulary's mean", fontsize=10)
         return figure
 

@@ -32,7 +32,7 @@ Values = Literal["cosine", "projection"]
 _TOKENS_ACROSS = 28
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenMap:
     """What directions have in common with a text's hidden states, token by token.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sweep:
     """How users' vectors change the likelihood of what they wrote later, by site and strength; `sweep` gives it.
 
@@ -125,7 +125,7 @@ class Sweep:
 
     def _remark(self) -> str:
         site, amount = self.best()
-        others = "" if self.other is None else f", {self.others} others each"
+        others = "" if self.other is None else f", each against {self.others} other{'s'[: self.others != 1]}"
         return f"best for their own: {site} at {self.unit} {amount:g} ({len(self.users)} users{others})"
 
     def _rich_table(self, title: str, values: Float[Tensor, "site amount"]) -> Table:
