@@ -88,7 +88,7 @@ def test_maps_are_shown(tmp_path: Path) -> None:
     # The strongest green is the greatest gain, which a great loss elsewhere does not make pale.
     assert 'background:#4d9221;color:#000000;padding:0.2em 0.5em">-0.0400' in found.html()
     assert 'background:#c51b7d;color:#ffffff;padding:0.2em 0.5em">+1.2000' in found.html()
-    assert "resid_post[2]     +0.0200  -0.0400  +1.2000" in str(found)
+    assert "resid_post[2] +0.0200 -0.0400 +1.2000" in " ".join(str(found).split())
     assert "best for their own: resid_post[2] at strength 1 (2 users, each against 1 other)" in str(found)
     figure = found.figure()
     first, second = figure.axes[0], figure.axes[1]
