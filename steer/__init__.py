@@ -4,7 +4,7 @@ from steer.architectures import Architecture, register_architecture
 from steer.bank import Bank
 from steer.errors import SteerError, UnknownUser
 from steer.history import History, Record, read_histories
-from steer.inject import LowRankEdit, MemoryEdit, PrefixEdit, ProjectionEdit, ResidualEdit, StreamEdit
+from steer.inject import Condition, LowRankEdit, MemoryEdit, PrefixEdit, ProjectionEdit, ResidualEdit, StreamEdit
 from steer.method import Method
 from steer.methods import CoS, PrefixTuning, StyleVector, UserLLM
 from steer.model import FrozenLM, load, uncompile, wrap
@@ -21,6 +21,7 @@ __all__ = [
     "Bank",
     "Blend",
     "CoS",
+    "Condition",
     "FrozenLM",
     "History",
     "LowRankEdit",

@@ -10,6 +10,7 @@ from steer.errors import SteerError
 PER_BLOCK = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 WHOLE_MODEL = ("embed", "ln_final")
 
+_WITHIN_BLOCK = ("resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
 _LENS_NAMES = {
     "resid_pre": "blocks.{}.hook_resid_pre",
     "resid_mid": "blocks.{}.hook_resid_mid",
@@ -58,6 +59,13 @@ class Site:
         if self.name == "resid_pre" and self.layer:
             return Site("resid_post", self.layer - 1)
         return self
+
+    @property
+    def depth(self) -> tuple[float, int]:
+        """Sorts sites by when a forward pass comes to them."""
+        if self.layer is None:
+            return (-1, 0) if self.name == "embed" else (float("inf"), 0)
+        return self.layer, _WITHIN_BLOCK.index(self.name)
 
     @property
     def lens_name(self) -> str:
