@@ -2,15 +2,32 @@
 
 from steer.kernels.attention import attend, naive_attend
 from steer.kernels.mixture import geometric, naive_geometric
-from steer.kernels.rows import add_rows, naive_add_rows, naive_overwrite_rows, overwrite_rows
+from steer.kernels.rows import (
+    add_rows,
+    add_rows_keeping_norm,
+    low_rank_rows,
+    naive_add_rows,
+    naive_add_rows_keeping_norm,
+    naive_low_rank_rows,
+    naive_overwrite_rows,
+    naive_project_rows,
+    overwrite_rows,
+    project_rows,
+)
 
 __all__ = [
     "add_rows",
+    "add_rows_keeping_norm",
     "attend",
     "geometric",
+    "low_rank_rows",
     "naive_add_rows",
+    "naive_add_rows_keeping_norm",
     "naive_attend",
     "naive_geometric",
+    "naive_low_rank_rows",
     "naive_overwrite_rows",
+    "naive_project_rows",
     "overwrite_rows",
+    "project_rows",
 ]

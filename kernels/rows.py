@@ -1,4 +1,4 @@
-"""Per-row edits of hidden states: add one vector to each row, or overwrite a span of positions by soft tokens."""
+"""Per-row edits of hidden states: add a vector, clamp a projection, move a low-rank part, overwrite a span."""
 
 from __future__ import annotations
 
@@ -34,6 +34,108 @@ def naive_add_rows(
     return out
 
 
+def add_rows_keeping_norm(
+    hidden: Float[Tensor, "row pos d"], vectors: Float[Tensor, "row 1 d"], mask: Float[Tensor, "row pos 1"]
+) -> Float[Tensor, "row pos d"]:
+    """Turns each state towards its row's vector and keeps its length: `(h + v) · ‖h‖ / ‖h + v‖` where `mask` is not 0.
+
+    Computed in float32 at least, since sums of squares overflow float16 and lose small terms in bfloat16.
+    """
+    wide = hidden.to(_statistics(hidden))
+    moved = wide + vectors
+    before, after = (torch.linalg.vector_norm(states, dim=-1, keepdim=True) for states in (wide, moved))
+    # What cancels to zero stays zero.
+    moved = moved * (before / torch.where(after > 0, after, 1.0))
+    return torch.where(mask != 0, moved.to(hidden.dtype), hidden)
+
+
+def naive_add_rows_keeping_norm(
+    hidden: Float[Tensor, "row pos d"], vectors: Float[Tensor, "row 1 d"], mask: Float[Tensor, "row pos 1"]
+) -> Float[Tensor, "row pos d"]:
+    """Reference of `add_rows_keeping_norm`: one state at a time, in float64."""
+    out = hidden.clone()
+    for row in range(hidden.shape[0]):
+        for pos in range(hidden.shape[1]):
+            h, v = hidden[row, pos].double(), vectors[row, 0].double()
+            if mask[row, pos, 0] and (h + v).norm() > 0:
+                out[row, pos] = (h + v) * (h.norm() / (h + v).norm())
+            elif mask[row, pos, 0]:
+                out[row, pos] = 0
+    return out
+
+
+def project_rows(
+    hidden: Float[Tensor, "row pos d"],
+    directions: Float[Tensor, "row 1 d"],
+    lowest: Float[Tensor, "row 1 1"],
+    highest: Float[Tensor, "row 1 1"],
+    amounts: Float[Tensor, "row pos 1"],
+) -> Float[Tensor, "row pos d"]:
+    """Brings each state's projection p on its row's unit direction into `[lowest, highest]`: `h + a · (p' − p) · u`.
+
+    Where the amount a is 0 the state stays as it is, bit for bit. Computed in float32 at least.
+    """
+    wide = hidden.to(_statistics(hidden))
+    projections = (wide * directions).sum(-1, keepdim=True)
+    change = amounts * (torch.minimum(torch.maximum(projections, lowest), highest) - projections)
+    return torch.where(amounts != 0, (wide + change * directions).to(hidden.dtype), hidden)
+
+
+def naive_project_rows(
+    hidden: Float[Tensor, "row pos d"],
+    directions: Float[Tensor, "row 1 d"],
+    lowest: Float[Tensor, "row 1 1"],
+    highest: Float[Tensor, "row 1 1"],
+    amounts: Float[Tensor, "row pos 1"],
+) -> Float[Tensor, "row pos d"]:
+    """Reference of `project_rows`: one state at a time, in float64."""
+    out = hidden.clone()
+    for row in range(hidden.shape[0]):
+        for pos in range(hidden.shape[1]):
+            h, u, amount = hidden[row, pos].double(), directions[row, 0].double(), float(amounts[row, pos])
+            p = float(h @ u)
+            wanted = min(max(p, float(lowest[row])), float(highest[row]))
+            if amount:
+                out[row, pos] = h + amount * (wanted - p) * u
+    return out
+
+
+def low_rank_rows(
+    hidden: Float[Tensor, "row pos d"],
+    down: Float[Tensor, "row rank d"],
+    bias: Float[Tensor, "row 1 rank"],
+    up: Float[Tensor, "row rank d"],
+    amounts: Float[Tensor, "row pos 1"],
+) -> Float[Tensor, "row pos d"]:
+    """Adds to each state a low-rank map of it, its row's own: `h + a · upᵀ(down h + bias)`.
+
+    Where the amount a is 0 the state stays as it is, bit for bit. Computed in float32 at least.
+    """
+    wide = hidden.to(_statistics(hidden))
+    change = (wide @ down.mT + bias) @ up
+    return torch.where(amounts != 0, (wide + amounts * change).to(hidden.dtype), hidden)
+
+
+def naive_low_rank_rows(
+    hidden: Float[Tensor, "row pos d"],
+    down: Float[Tensor, "row rank d"],
+    bias: Float[Tensor, "row 1 rank"],
+    up: Float[Tensor, "row rank d"],
+    amounts: Float[Tensor, "row pos 1"],
+) -> Float[Tensor, "row pos d"]:
+    """Reference of `low_rank_rows`: one state and one rank at a time, in float64."""
+    out = hidden.clone()
+    for row in range(hidden.shape[0]):
+        for pos in range(hidden.shape[1]):
+            h, total = hidden[row, pos].double(), hidden[row, pos].double()
+            for k in range(up.shape[1]):
+                coordinate = down[row, k].double() @ h + bias[row, 0, k].double()
+                total = total + float(amounts[row, pos]) * coordinate * up[row, k].double()
+            if amounts[row, pos, 0]:
+                out[row, pos] = total
+    return out
+
+
 def overwrite_rows(
     hidden: Float[Tensor, "row pos d"],
     values: Float[Tensor, "row slot d"],
@@ -62,3 +164,8 @@ def naive_overwrite_rows(
             if 0 <= (slot := int(offsets[row, pos])) < int(lengths[row]):
                 out[row, pos] = values[row, slot]
     return out
+
+
+def _statistics(hidden: Tensor) -> torch.dtype:
+    """What sums over a state are computed in: float32 at least."""
+    return torch.promote_types(hidden.dtype, torch.float32)

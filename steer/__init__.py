@@ -4,14 +4,14 @@ from steer.architectures import Architecture, register_architecture
 from steer.bank import Bank
 from steer.errors import SteerError, UnknownUser
 from steer.history import History, Record, read_histories
-from steer.inject import MemoryEdit, PrefixEdit, ResidualEdit, StreamEdit
+from steer.inject import LowRankEdit, MemoryEdit, PrefixEdit, ProjectionEdit, ResidualEdit, StreamEdit
 from steer.method import Method, make_method
-from steer.methods import CAA, CoS, PrefixTuning, RepEPCA, StyleVector, TrainedVector, UserLLM
+from steer.methods import CAA, CoS, PerFit, PrefixTuning, RepEPCA, StyleVector, TrainedVector, UserLLM
 from steer.model import FrozenLM, load, uncompile, wrap
 from steer.pairs import Pair, read_pairs
 from steer.read import read
 from steer.sites import Site
-from steer.state import Artifact, Provenance, UserState
+from steer.state import Artifact, Blend, Provenance, UserState
 from steer.steering import Steering
 
 __version__ = "0.1.0"
@@ -21,14 +21,18 @@ __all__ = [
     "Architecture",
     "Artifact",
     "Bank",
+    "Blend",
     "CoS",
     "FrozenLM",
     "History",
+    "LowRankEdit",
     "MemoryEdit",
     "Method",
     "Pair",
+    "PerFit",
     "PrefixEdit",
     "PrefixTuning",
+    "ProjectionEdit",
     "Provenance",
     "Record",
     "RepEPCA",

@@ -18,7 +18,7 @@ from steer.errors import SteerError
 from steer.inject import Edit
 from steer.plan import Amounts, Plan, RowStates, edits_of, kinds_of, rows_of
 from steer.sites import Site
-from steer.state import Artifact, Fingerprint, UserState
+from steer.state import Artifact, Blend, Fingerprint, UserState
 from steer.steering import Operators, Steering
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 # A text, chat messages, or token ids that are used as they are.
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
-# A row's states: none, one, several, or several by name.
-States = UserState | Sequence[UserState] | RowStates | None
+# A row's states: none, one, a weighted sum, several of these, or several by name.
+States = UserState | Blend | Sequence[UserState | Blend] | RowStates | None
 
 # The hooks keep an attachment alive for as long as its model. A strong reference would keep both alive forever.
 _WRAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FrozenLM]] = weakref.WeakKeyDictionary()
@@ -250,7 +250,7 @@ class FrozenLM:
         Args:
             bank, users: one user a row, None for a plain row; all of a user's states apply.
             names: use only the bank's states of these names.
-            states: a row's states, given directly.
+            states: a row's states, given directly: one, several, or a weighted sum, `0.8 * alice + 0.3 * formal`.
             edits: ready edits for the whole batch.
             artifacts: what the methods of `states` share, if a bank does not hold it.
             strength, dose: how much of each vector: a raw coefficient (1 if neither is given), or a share of the median
@@ -438,14 +438,25 @@ def _restore(attachment: Attachment, training: list[nn.Module], trainable: list[
 def _by_name(states: States) -> RowStates:
     if states is None:
         return {}
-    if isinstance(states, UserState):
-        states = [states]
     if isinstance(states, Mapping):
         return states
-    named = {state.provenance.method: state for state in states}
-    if len(named) < len(states):
-        raise SteerError("a row has two states of one method; give them names, {'mine': state, 'hers': state}")
+    named: dict[str, UserState | Blend] = {}
+    for given in [states] if isinstance(states, UserState | Blend) else states:
+        own = _by_method(given)
+        if not named.keys().isdisjoint(own):
+            raise SteerError(
+                "a row has two states of one method; give them names, {'mine': state, 'hers': state}, or weights, "
+                "0.8 * state + 0.3 * state"
+            )
+        named |= own
     return named
+
+
+def _by_method(states: UserState | Blend) -> RowStates:
+    if isinstance(states, UserState):
+        return {states.provenance.method: states}
+    methods = {state.provenance.method for _, state in states.parts}
+    return {name: Blend(tuple(p for p in states.parts if p[1].provenance.method == name)) for name in methods}
 
 
 def _batch_of(edits: Sequence[Edit]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from steer.errors import SteerError, UnknownUser
-from steer.inject import Edit, MemoryEdit, PrefixEdit, ResidualEdit, StreamEdit
+from steer.inject import Edit, MemoryEdit, PrefixEdit, SiteEdit, StreamEdit
+from steer.inject.residual import in_turn
 from steer.method import METHODS, method_of
 from steer.sites import Site
-from steer.state import Artifact, Provenance, UserState
+from steer.state import Artifact, Blend, Provenance, UserState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from steer.model import FrozenLM
 
 # A row's states by name.
-RowStates = Mapping[str, UserState]
+RowStates = Mapping[str, UserState | Blend]
+# A state's name, its kind, and which it is of the blended states that share both.
+Part = tuple[str, str, int]
 # One number for all rows, one a row, or either of them by the name of the states.
 Amount = float | Sequence[float]
 Amounts = Amount | Mapping[str, Amount]
@@ -33,7 +37,7 @@ class Plan:
     """The edits of one batch in the order in which they act: streams, prefix, then residual and memory by block."""
 
     batch: int
-    residual: tuple[ResidualEdit, ...] = ()
+    residual: tuple[SiteEdit, ...] = ()
     prefix: PrefixEdit | None = None
     memory: tuple[MemoryEdit, ...] = ()
     streams: StreamEdit | None = None
@@ -47,12 +51,15 @@ class Plan:
                 not exist, or two edits contrast the same row.
         """
         edits = list(edits)
-        residual = tuple(replace(e, site=e.site.canonical()) for e in edits if isinstance(e, ResidualEdit))
+        residual = tuple(in_turn(e.at(e.site.canonical()) for e in edits if isinstance(e, SiteEdit)))
         memory = tuple(replace(e, site=lm.memory_site(e.site)) for e in edits if isinstance(e, MemoryEdit))
         prefixes = [e for e in edits if isinstance(e, PrefixEdit)]
         streams = [e for e in edits if isinstance(e, StreamEdit)]
-        for add in residual:
-            _check(f"vectors for {add.site}", add.vectors, batch, lm.width_at(add.site))
+        for edit in residual:
+            for what, values in edit.states.items():
+                _check(f"{what} for {edit.site}", values, batch, lm.width_at(edit.site))
+            if not isinstance(edit.positions, str) and len(edit.positions) != batch:
+                raise SteerError(f"positions for {edit.site}: {len(edit.positions)} rows for a batch of {batch}")
         for prefix in prefixes:
             _check("prefixes", prefix.embeddings, batch, lm.width_at(Site("embed")))
         for attend in memory:
@@ -72,7 +79,7 @@ class Plan:
     @property
     def trains(self) -> bool:
         """Whether gradients are to flow into some edit."""
-        tensors = [edit.vectors for edit in self.residual]
+        tensors = [tensor for edit in self.residual for tensor in edit.tensors]
         tensors += [t for edit in self.memory for t in (edit.memory, *edit.layer.parameters())]
         tensors += [] if self.prefix is None else [self.prefix.embeddings]
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -150,44 +157,67 @@ def edits_of(
 ) -> list[Edit]:
     """Binds the states of a batch, all states of one kind at once.
 
+    They act in the order of their names, so that a row's result does not depend on what other rows have.
+
     Args:
         lm: the model they are for.
         rows: each row's states by name.
         kinds: states that show which further kinds to prepare for, as `kinds_of` gives them.
         artifacts: what the states' methods share, by hash.
-        strength: raw coefficients of residual vectors; 1 if None.
-        dose: the same, in units of the median residual norm at the site.
+        strength: raw coefficients of residual edits; 1 if None. The coefficients of a blend come on top.
+        dose: the same for vectors, in units of the median residual norm at the site.
 
     Raises:
-        SteerError: a state is from another model, its artifact is missing, strength and dose are both given, or there
-            is no vector for them to scale.
+        SteerError: a state is from another model, its artifact is missing, strength and dose are both given, there is
+            nothing for them or for a blend's coefficients to scale, or a blend is to have a dose.
     """
     if strength is not None and dose is not None:
         raise SteerError("strength and dose are two units of the same thing; give one of them")
-    present = [(name, state) for row in rows for name, state in row.items()]
-    likes = {(name, _kind(state)): state for name, state in (*kinds, *present)}
+    table = [_parts(row) for row in rows]
+    likes = {(name, _kind(state), 0): state for name, state in kinds}
+    likes |= {part: state for row in table for part, (_, state) in row.items()}
     edits: list[Edit] = []
-    for (name, kind), like in likes.items():
-        method = method_of(like)
-        own = [row[name] if name in row and _kind(row[name]) == kind else None for row in rows]
+    for part, like in sorted(likes.items(), key=lambda item: item[0]):
+        name, method = part[0], method_of(like)
+        weights = [row[part][0] if part in row else 1.0 for row in table]
+        own = [row[part][1] if part in row else None for row in table]
         for state in (like, *own):
             if state is not None:
                 _require_same_model(lm, name, state)
         bound = method.bind(lm, own, like, _artifact(like, artifacts or {}))
-        edits += [_scaled(edit, name, len(rows), strength, dose) for edit in bound]
-    if (strength is not None or dose is not None) and not any(isinstance(edit, ResidualEdit) for edit in edits):
-        raise SteerError("strength and dose scale vectors in the residual stream; none of these states has one")
+        if set(weights) != {1.0} and not any(isinstance(edit, SiteEdit) for edit in bound):
+            raise SteerError(
+                f"a {method.name} state has no edit of the residual stream to scale, so in a blend its coefficient "
+                "must be 1; add it as it is, 0.8 * vector + context"
+            )
+        blended = any(isinstance(row.get(name), Blend) for row in rows)
+        edits += [_scaled(edit, name, weights, strength, dose, blended) for edit in bound]
+    if (strength is not None or dose is not None) and not any(isinstance(edit, SiteEdit) for edit in edits):
+        raise SteerError("strength and dose scale edits of the residual stream; none of these states has one")
+    names = sorted({name for name, _, _ in likes})
     for amounts in (strength, dose):
-        if isinstance(amounts, Mapping) and (stray := sorted(set(amounts) - {name for name, _ in likes})):
-            raise SteerError(f"no state is named {stray[0]!r}; there are {', '.join(sorted(n for n, _ in likes))}")
+        if isinstance(amounts, Mapping) and (stray := sorted(set(amounts) - set(names))):
+            raise SteerError(f"no state is named {stray[0]!r}; there are {', '.join(names)}")
     return edits
 
 
-def _kind(state: UserState) -> tuple[object, ...]:
+def _parts(row: RowStates) -> dict[Part, tuple[float, UserState]]:
+    """A row's states with their coefficients; a name may stand for a blend of several."""
+    parts: dict[Part, tuple[float, UserState]] = {}
+    for name, states in row.items():
+        seen: Counter[str] = Counter()
+        for weight, state in Blend.of(states).parts:
+            kind = _kind(state)
+            parts[name, kind, seen[kind]] = weight, state
+            seen[kind] += 1
+    return parts
+
+
+def _kind(state: UserState) -> str:
     """States of one kind are bound together, so they agree in all that `bind` takes from one of them."""
     source = state.provenance
-    settings = json.dumps(dict(source.settings), sort_keys=True)
-    return source.method, source.version, source.sites, source.artifact, settings
+    settings = dict(source.settings)
+    return json.dumps([source.method, source.version, source.sites, source.artifact, settings], sort_keys=True)
 
 
 def _require_same_model(lm: FrozenLM, name: str, state: UserState) -> None:
@@ -208,14 +238,18 @@ def _artifact(like: UserState, artifacts: Mapping[str, Artifact]) -> Artifact | 
     return artifacts[wanted]
 
 
-def _scaled(edit: Edit, name: str, batch: int, strength: Amounts | None, dose: Amounts | None) -> Edit:
-    if not isinstance(edit, ResidualEdit):
+def _scaled(
+    edit: Edit, name: str, weights: Sequence[float], strength: Amounts | None, dose: Amounts | None, blended: bool
+) -> Edit:
+    if not isinstance(edit, SiteEdit):
         return edit
-    if dose is not None and (amounts := _per_row(dose, name, batch)) is not None:
+    if dose is not None and (amounts := _per_row(dose, name, len(weights))) is not None:
+        if blended:
+            raise SteerError("the coefficients of a blend are strengths; give a strength and no dose with it")
         return edit.at_dose(amounts)
-    if strength is not None and (amounts := _per_row(strength, name, batch)) is not None:
-        return edit.at_strength(amounts)
-    return edit
+    if strength is not None and (amounts := _per_row(strength, name, len(weights))) is not None:
+        edit = edit.at_strength(amounts)
+    return edit if set(weights) == {1.0} else edit.at_strength(torch.tensor(weights))
 
 
 def _per_row(amounts: Amounts, name: str, batch: int) -> Tensor | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -102,6 +104,8 @@ class Provenance:
 class UserState:
     """What is stored for one user: named tensors, JSON data (a context is text), and provenance.
 
+    States can be weighted and added up for one row: `0.8 * alice + 0.3 * formal` is a `Blend`.
+
     Raises:
         SteerError: a tensor holds values that are not finite.
     """
@@ -117,6 +121,49 @@ class UserState:
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def __mul__(self, weight: float) -> Blend:
+        return Blend.of(self) * weight
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: UserState | Blend) -> Blend:
+        return Blend.of(self) + other
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """Several states for one row, each with a coefficient on top of its own strength.
+
+    Attributes:
+        parts: the coefficients and the states.
+
+    Raises:
+        SteerError: a coefficient is not finite.
+    """
+
+    parts: tuple[tuple[float, UserState], ...]
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(weight) for weight, _ in self.parts):
+            raise SteerError(f"coefficients of states must be finite, got {[weight for weight, _ in self.parts]}")
+
+    @classmethod
+    def of(cls, states: UserState | Blend) -> Blend:
+        """A single state is a blend of one part, at coefficient 1."""
+        return states if isinstance(states, Blend) else cls(((1.0, states),))
+
+    def __mul__(self, weight: float) -> Blend:
+        if not isinstance(weight, Real):
+            return NotImplemented
+        return Blend(tuple((float(weight) * own, state) for own, state in self.parts))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: UserState | Blend) -> Blend:
+        if not isinstance(other, UserState | Blend):
+            return NotImplemented
+        return Blend(self.parts + Blend.of(other).parts)
 
 
 @dataclass(frozen=True, eq=False)

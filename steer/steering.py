@@ -13,8 +13,9 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from steer.errors import SteerError
 from steer.inject.memory import AttendToMemory
+from steer.inject.positions import Gate, MarkedGate, NamedGate, Positions
 from steer.inject.prefix import OverwriteEmbeddings
-from steer.inject.residual import AddVectors, Gate
+from steer.inject.residual import AddVectors, EditStates, SiteEdit, operator_of
 from steer.inject.rows import Rows
 from steer.inject.streams import OwnRows, Streams, pad_left
 from steer.plan import Plan
@@ -33,16 +34,21 @@ class Operators:
     """The operators of a model. They outlive the plans, so that another batch is written into the same buffers."""
 
     def __init__(self, prefix_start: int) -> None:
-        self.gates: dict[str, Gate] = {}
-        self.adding: dict[tuple[Site, str], AddVectors] = {}
+        self.gates: dict[str, NamedGate] = {}
+        self.marked: dict[int, MarkedGate] = {}
+        self.editing: dict[tuple[object, ...], EditStates] = {}
         self.attending: dict[tuple[Site, int], AttendToMemory] = {}
         self.overwriting = OverwriteEmbeddings(prefix_start)
 
     def clear(self) -> None:
         """Erases whatever is left of the users' states."""
-        operators: list[AddVectors | AttendToMemory | OverwriteEmbeddings] = [self.overwriting]
-        for operator in [*operators, *self.adding.values(), *self.attending.values()]:
-            operator.clear()
+        self.overwriting.clear()
+        for gate in self.marked.values():
+            gate.clear()
+        for editing in self.editing.values():
+            editing.clear()
+        for attending in self.attending.values():
+            attending.clear()
 
 
 class Steering:
@@ -111,24 +117,39 @@ class Steering:
 
     def _assemble(self) -> dict[Site, tuple[Operator, ...]]:
         pool, plan = self._pool, self.plan
-        self._gates: dict[str, Gate] = {}
-        self._adding: dict[tuple[Site, str], AddVectors] = {}
+        self._gates: dict[str | int, Gate] = {}
+        self._editing: dict[tuple[object, ...], tuple[EditStates, list[SiteEdit]]] = {}
         self._attending: list[AttendToMemory] = []
-        working: dict[Site, list[AddVectors | AttendToMemory | OverwriteEmbeddings]] = {site: [] for site in plan.sites}
+        working: dict[Site, list[EditStates | AttendToMemory | OverwriteEmbeddings]] = {site: [] for site in plan.sites}
         if plan.prefix is not None:
             working[Site("embed")].append(pool.overwriting)
-        for add in plan.residual:
-            gate = self._gates.setdefault(add.positions, pool.gates.setdefault(add.positions, Gate(add.positions)))
-            key = (add.site, add.positions)
-            if key not in self._adding:
-                self._adding[key] = pool.adding.setdefault(key, AddVectors(gate))
-                working[add.site].append(self._adding[key])
+        for edit in plan.residual:
+            kind, gate = operator_of(edit), self._gate(edit.positions)
+            # What is added is summed; of the other kinds each edit has its own place.
+            place = 0 if issubclass(kind, AddVectors) else len(self._editing)
+            key = (edit.site, kind, gate, place)
+            if key not in self._editing:
+                self._editing[key] = pool.editing.setdefault(key, kind(gate)), []
+                working[edit.site].append(self._editing[key][0])
+            self._editing[key][1].append(edit)
         for i, attend in enumerate(plan.memory):
             self._attending.append(pool.attending.setdefault((attend.site, i), AttendToMemory()))
             working[attend.site].append(self._attending[-1])
         for bound in (operator for operators in working.values() for operator in operators):
             bound.fired = False
         return {site: tuple(operators) for site, operators in working.items()}
+
+    def _gate(self, positions: Positions | Tensor) -> Gate:
+        """The gate of an edit; edits that share their marks share it."""
+        if isinstance(positions, str):
+            named = self._pool.gates.setdefault(positions, NamedGate(positions))
+            return self._gates.setdefault(positions, named)
+        others = [gate for gate in self._gates.values() if isinstance(gate, MarkedGate)]
+        if same := [gate for gate in others if gate.marks is positions]:
+            return same[0]
+        marked = self._pool.marked.setdefault(len(others), MarkedGate())
+        marked.marks = positions
+        return self._gates.setdefault(len(others), marked)
 
     def _load(self, rows: Rows) -> None:
         """Writes the plan's tensors into the buffers, one row for each row of the coming forward passes."""
@@ -145,9 +166,8 @@ class Steering:
 
     def _gather(self, rows: Rows) -> None:
         lm, plan = self.lm, self.plan
-        for key, adding in self._adding.items():
-            edits = [edit for edit in plan.residual if (edit.site, edit.positions) == key]
-            adding.load(edits, rows, lm.dtype, lm.device_at(key[0]))
+        for editing, edits in self._editing.values():
+            editing.load(edits, rows, lm.dtype, lm.device_at(edits[0].site))
         if plan.prefix is not None:
             self._pool.overwriting.load(plan.prefix, rows, lm.dtype, lm.device_at(Site("embed")))
         for attend, operator in zip(plan.memory, self._attending, strict=True):
@@ -158,7 +178,7 @@ class Steering:
         return Rows(self._owners, None if lengths is None else torch.as_tensor(lengths, device=self.lm.device))
 
     def _report_idle(self) -> None:
-        idle = [f"the vectors at {site}" for (site, _), operator in self._adding.items() if not operator.fired]
+        idle = [f"the {op.what} at {edits[0].site}" for op, edits in self._editing.values() if not op.fired]
         idle += ["the memory" for operator in self._attending if not operator.fired]
         if self.plan.prefix is not None and not self._pool.overwriting.fired:
             idle.append("the prefix")

@@ -10,13 +10,19 @@ from torch import Tensor
 
 from steer.kernels import (
     add_rows,
+    add_rows_keeping_norm,
     attend,
     geometric,
+    low_rank_rows,
     naive_add_rows,
+    naive_add_rows_keeping_norm,
     naive_attend,
     naive_geometric,
+    naive_low_rank_rows,
     naive_overwrite_rows,
+    naive_project_rows,
     overwrite_rows,
+    project_rows,
 )
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -58,6 +64,92 @@ def test_add_rows_leaves_rows_of_zeros_as_they_are(dtype: torch.dtype) -> None:
     out = add_rows(hidden, vectors, torch.ones(2, 7, 1, dtype=dtype))
     assert torch.equal(out[0], hidden[0])
     assert not torch.equal(out[1], hidden[1])
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What users' tensors are kept in where more is done with them than an addition."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@sizes
+@widths
+@rows_
+@dtypes
+def test_add_rows_keeping_norm(pos: int, d: int, rows: int, dtype: torch.dtype) -> None:
+    hidden, vectors = normal(rows, pos, d, dtype=dtype), 5 * normal(rows, 1, d, dtype=wide(dtype), seed=1)
+    mask = integers(2, rows, pos, 1).to(dtype)
+    out = add_rows_keeping_norm(hidden, vectors, mask)
+    assert out.dtype == dtype
+    assert relative_error(out, naive_add_rows_keeping_norm(hidden, vectors, mask)) < 5 * torch.finfo(dtype).eps
+    assert relative_error(out.double().norm(dim=-1), hidden.double().norm(dim=-1)) < torch.finfo(dtype).eps
+    assert torch.equal(out[mask[..., 0] == 0], hidden[mask[..., 0] == 0])
+
+
+@dtypes
+def test_norms_beyond_the_range_of_float16(dtype: torch.dtype) -> None:
+    """300² alone is more than float16 holds."""
+    hidden = torch.full((1, 1, 33), 300.0, dtype=dtype)
+    out = add_rows_keeping_norm(hidden, hidden.to(wide(dtype)), torch.ones(1, 1, 1))
+    torch.testing.assert_close(out, hidden)
+    unit = torch.full((1, 1, 33), 33**-0.5, dtype=wide(dtype))
+    zero = torch.zeros(1, 1, 1, dtype=wide(dtype))
+    assert project_rows(hidden, unit, zero, zero, torch.ones(1, 1, 1)).abs().max() < 300 * torch.finfo(dtype).eps
+
+
+@sizes
+@widths
+@rows_
+@dtypes
+@pytest.mark.parametrize("bounds", [(0.5, 0.5), (0.5, torch.inf), (-torch.inf, 0.5), (-0.5, 1.0)], ids=str)
+def test_project_rows(pos: int, d: int, rows: int, dtype: torch.dtype, bounds: tuple[float, float]) -> None:
+    hidden, u = normal(rows, pos, d, dtype=dtype), normal(rows, 1, d, dtype=wide(dtype), seed=1)
+    u = u / u.norm(dim=-1, keepdim=True)
+    lowest, highest = (torch.full((rows, 1, 1), bound, dtype=wide(dtype)) for bound in bounds)
+    amounts = integers(3, rows, pos, 1) / 2
+    out = project_rows(hidden, u, lowest, highest, amounts)
+    assert out.dtype == dtype
+    assert relative_error(out, naive_project_rows(hidden, u, lowest, highest, amounts)) < torch.finfo(dtype).eps
+    assert torch.equal(out[amounts[..., 0] == 0], hidden[amounts[..., 0] == 0])
+    whole = project_rows(hidden.to(wide(dtype)), u, lowest, highest, torch.ones(rows, pos, 1)).double() @ u.double().mT
+    before = hidden.double() @ u.double().mT
+    torch.testing.assert_close(whole, before.clamp(*bounds), rtol=1e-5, atol=1e-5)
+
+
+@sizes
+@pytest.mark.parametrize("rank", [1, 3])
+@widths
+@rows_
+@dtypes
+def test_low_rank_rows(pos: int, rank: int, d: int, rows: int, dtype: torch.dtype) -> None:
+    hidden, bias = normal(rows, pos, d, dtype=dtype), normal(rows, 1, rank, dtype=wide(dtype), seed=1)
+    down, up = (normal(rows, rank, d, dtype=wide(dtype), seed=seed) / d**0.5 for seed in (2, 3))
+    amounts = integers(3, rows, pos, 1) / 2
+    out = low_rank_rows(hidden, down, bias, up, amounts)
+    assert out.dtype == dtype
+    assert relative_error(out, naive_low_rank_rows(hidden, down, bias, up, amounts)) < torch.finfo(dtype).eps
+    assert torch.equal(out[amounts[..., 0] == 0], hidden[amounts[..., 0] == 0])
+
+
+@dtypes
+def test_kernels_leave_rows_without_an_amount_as_they_are(dtype: torch.dtype) -> None:
+    """Whatever such a row holds, infinities included; and states of zeros give no NaN in the others."""
+    hidden = normal(2, 7, 33, dtype=dtype)
+    hidden[0, 0, 0], hidden[0, 1, 1], hidden[0, 2] = torch.inf, torch.finfo(dtype).smallest_normal, 0
+    hidden[1, 0] = 0
+    amounts = torch.tensor([0.0, 1.0])[:, None, None].expand(2, 7, 1)
+    v = normal(2, 1, 33, dtype=wide(dtype), seed=1)
+    hidden[1, 1], v[1, 0] = -v[1, 0].to(dtype), v[1, 0].to(dtype)
+    zeros = torch.zeros(2, 1, 1, dtype=wide(dtype))
+    for out in (
+        add_rows_keeping_norm(hidden, v, amounts),
+        project_rows(hidden, v, zeros, zeros, amounts),
+        low_rank_rows(hidden, v, zeros, v, amounts),
+    ):
+        assert torch.equal(out[0], hidden[0])
+        assert not torch.equal(out[1], hidden[1])
+        assert not out[1].isnan().any()
+    # What cancels, and what was nothing, is nothing afterwards.
+    assert (add_rows_keeping_norm(hidden, v, amounts)[1, :2] == 0).all()
 
 
 @sizes

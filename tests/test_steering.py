@@ -207,7 +207,7 @@ def test_a_closed_block_leaves_nothing_of_its_users(llama: steer.FrozenLM) -> No
     def left() -> list[Tensor]:
         pool = llama.operators
         memory = [tensor for attending in pool.attending.values() for tensor in (attending.keys, attending.values)]
-        found = [*(adding.vectors for adding in pool.adding.values()), *memory, pool.overwriting.values]
+        found = [*(editing.vectors for editing in pool.editing.values()), *memory, pool.overwriting.values]
         return [tensor for tensor in found if tensor is not None]
 
     with llama.steered(edits=edits) as steering:
@@ -370,6 +370,75 @@ def test_amounts_without_anything_to_scale(llama: steer.FrozenLM) -> None:
         pass
     with pytest.raises(steer.SteerError, match="a dose has no unit"):
         steer.ResidualEdit(SITE, torch.ones(1, WIDTH)).at_dose(torch.ones(1))
+
+
+# Blends.
+
+
+def test_a_blend_weighs_its_parts(llama: steer.FrozenLM) -> None:
+    ann, bob, formal = (style(llama, seed) for seed in range(3))
+    v = [state.tensors[str(SITE)] for state in (ann, bob, formal)]
+    assert_close(shift(llama, states=[0.8 * ann + 0.3 * formal, None])[0], 0.8 * v[0] + 0.3 * v[2])
+    moved = shift(llama, states=[ann + bob * 0.5 + 2 * formal, bob])
+    assert_close(moved, torch.stack([v[0] + 0.5 * v[1] + 2 * v[2], v[1]]))
+    assert_close(shift(llama, states=[2 * (ann + 0.5 * bob), -1 * ann]), torch.stack([2 * v[0] + v[1], -v[0]]))
+    assert_close(shift(llama, states=[0.8 * ann + 0.3 * ann, None])[0], 1.1 * v[0])
+    assert torch.equal(shift(llama, states=[1.0 * ann, bob]), shift(llama, states=[ann, bob]))
+    assert shift(llama, states=[0.0 * ann + 0.0 * bob, None]).abs().max() == 0
+
+
+def test_strength_comes_on_top_of_the_coefficients(llama: steer.FrozenLM) -> None:
+    ann, bob = style(llama, 1), style(llama, 2)
+    v = [state.tensors[str(SITE)] for state in (ann, bob)]
+    moved = shift(llama, states=[0.8 * ann + 0.3 * bob, bob], strength=[0.5, 2.0])
+    assert_close(moved, torch.stack([0.4 * v[0] + 0.15 * v[1], 2 * v[1]]))
+    moved = shift(llama, states=[{"mix": 0.8 * ann + 0.3 * bob, "own": bob}, None], strength={"mix": 0.5})
+    assert_close(moved[0], 0.4 * v[0] + 1.15 * v[1])
+
+
+def test_blends_of_several_methods_and_settings(llama: steer.FrozenLM) -> None:
+    """A part that cannot be scaled takes part as it is."""
+    early, late, context = styled(llama, 0, positions="all"), styled(llama, 1), steer.CoS(lam=1.0).state("I am.")
+    with llama.steered(states=[0.5 * early + 2.0 * late + context]) as steering:
+        llama.model.generate(**steering.prepare(["hello"]), **steering.generate_kwargs(), max_new_tokens=2)
+    vectors = {edit.positions: edit.vectors[0] for edit in steering.plan.residual}
+    assert_close(vectors["all"], 0.5 * early.tensors["resid_post[1]"])
+    assert_close(vectors["response"], 2.0 * late.tensors["resid_post[1]"])
+    assert steering.plan.streams is not None
+    assert steering.plan.streams.contexts == ["I am."]
+
+
+def test_blends_that_make_no_sense(llama: steer.FrozenLM) -> None:
+    ann, bob, context = style(llama, 1), style(llama, 2), steer.CoS().state("I am.")
+
+    def refused(message: str, **steered: Any) -> None:
+        with pytest.raises(steer.SteerError, match=message), llama.steered(**steered):
+            pass
+
+    refused("a cos state has no edit of the residual stream to scale", states=[0.5 * context])
+    refused("a cos state has no edit of the residual stream to scale", states=[0.5 * (ann + context)])
+    refused("the coefficients of a blend are strengths", states=[0.5 * ann + bob, ann], dose=0.1)
+    refused("two states of one method", states=[[0.5 * ann, bob]])
+    with pytest.raises(steer.SteerError, match="must be finite"):
+        float("nan") * ann
+    for senseless in (lambda: ann * bob, lambda: ann + 1, lambda: "x" * ann):  # type: ignore[operator]
+        with pytest.raises(TypeError):
+            senseless()
+
+
+def test_the_order_in_which_states_act_does_not_depend_on_the_batch(llama: steer.FrozenLM) -> None:
+    """Soft tokens are not exchangeable; a row has them in the order of their names, whatever its mates have."""
+    tuned = [
+        steer.UserState(
+            Provenance("prefix_tuning", 1, llama.fingerprint, ("embed",)), {"prefix": random_row(seed, 1.0).prefix}
+        )
+        for seed in (1, 2)
+    ]
+    one, other = {"a": tuned[0], "b": tuned[1]}, {"b": tuned[1], "a": tuned[0]}
+    alone = llama.generate_tokens(["hello"], states=[one], max_new_tokens=6)
+    assert (
+        llama.generate_tokens(["hello"] * 3, states=[other, {"b": tuned[0]}, one], max_new_tokens=6)[::2] == alone * 2
+    )
 
 
 # Numbers in half precision.

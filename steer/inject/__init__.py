@@ -2,9 +2,19 @@
 
 from steer.inject.memory import GatedCrossAttention, MemoryEdit
 from steer.inject.prefix import PrefixEdit
-from steer.inject.residual import ResidualEdit
+from steer.inject.residual import LowRankEdit, ProjectionEdit, ResidualEdit, SiteEdit
 from steer.inject.streams import StreamEdit
 
-Edit = ResidualEdit | PrefixEdit | MemoryEdit | StreamEdit
+Edit = SiteEdit | PrefixEdit | MemoryEdit | StreamEdit
 
-__all__ = ["Edit", "GatedCrossAttention", "MemoryEdit", "PrefixEdit", "ResidualEdit", "StreamEdit"]
+__all__ = [
+    "Edit",
+    "GatedCrossAttention",
+    "LowRankEdit",
+    "MemoryEdit",
+    "PrefixEdit",
+    "ProjectionEdit",
+    "ResidualEdit",
+    "SiteEdit",
+    "StreamEdit",
+]

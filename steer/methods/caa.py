@@ -22,7 +22,7 @@ import torch
 from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Edit
-from steer.inject.residual import Positions
+from steer.inject.positions import Positions
 from steer.likelihood import last_logits
 from steer.method import Method
 from steer.methods.vectors import by_site, layer_sites, vector_edits

@@ -20,7 +20,7 @@ import torch
 from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Edit, ResidualEdit
-from steer.inject.residual import Positions
+from steer.inject.positions import Positions
 from steer.method import Method
 from steer.methods.vectors import by_site, layer_sites, reference_norms, vector_edits
 from steer.read import Span, record_span

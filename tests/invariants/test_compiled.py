@@ -83,7 +83,7 @@ def forward(lm: steer.FrozenLM, call, rows: Sequence[Row]) -> Tensor:  # type: i
 
 def buffers(lm: steer.FrozenLM) -> list[int]:
     pool = lm.operators
-    tensors = [adding.vectors for adding in pool.adding.values()]
+    tensors = [editing.vectors for editing in pool.editing.values()]
     tensors += [gate.first for gate in pool.gates.values()]
     tensors += [
         t for attending in pool.attending.values() for t in (attending.keys, attending.values, attending.visible)
