@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import steer
 from steer import embedded
 from steer.inject import Edit
 from steer.likelihood import negative_log_likelihood, response_losses
+from steer.method import method_of
 from steer.read import Span, record_span
 from steer.train import train_users
 
@@ -46,7 +47,7 @@ def steered_loss(
 ) -> float:
     if state is None:
         return loss_of(lm, history, lambda rows: [steer.ResidualEdit(SITE, torch.zeros(rows, WIDTH))])
-    return loss_of(lm, history, lambda rows: type(method()).bind(lm, [state] * rows, state, artifact))
+    return loss_of(lm, history, lambda rows: method_of(state).bind(lm, [state] * rows, state, artifact))
 
 
 # One user.
@@ -314,11 +315,120 @@ def test_a_users_own_part_is_trained_on_top_of_the_common_one(
     assert steered_loss(llama, histories[0], state, artifact) < losses[0]
 
 
-# Every method that trains or reads vectors.
+# PerFit.
 
 
-def test_trained_states_survive_a_bank(llama: steer.FrozenLM, histories: list[steer.History], tmp_path: Path) -> None:
-    bank, training = steer.Bank(tmp_path / "people.bank"), method(shared_steps=3, steps=8, learning_rate=0.3)
+def perfit(**settings: Any) -> steer.PerFit:
+    few = {"layer": [0, LAYER], "rank": 2, "shared_rank": 3, "epochs": 4, "batch": 2, "learning_rate": 0.01}
+    return steer.PerFit(**few | settings)
+
+
+def maps(tensors: Mapping[str, Tensor], site: object) -> list[Tensor]:
+    return [tensors[f"{site}.{part}"] for part in ("rotation", "weight", "bias")]
+
+
+def test_perfit_starts_as_the_identity(lm: steer.FrozenLM, histories: list[steer.History]) -> None:
+    training = perfit(epochs=0, shared_epochs=0)
+    artifact = training.train(lm, histories)
+    states = [training.fit(lm, history) for history in histories]
+    for tensors in (artifact.tensors, states[0].tensors):
+        rotation, weight, bias = maps(tensors, SITE)
+        assert torch.equal(weight, rotation)
+        assert not bias.any()
+        assert_close(rotation @ rotation.T, torch.eye(len(rotation)), 1e-5)
+    ids = torch.tensor([lm.encode("greet me")] * 2)
+    with torch.no_grad():
+        plain = lm.model(ids).logits
+        with lm.steered(states=states, artifacts=[artifact], prompt_lengths=[2, 2]):
+            assert torch.equal(lm.model(ids).logits, plain)
+
+
+def test_perfit_maps_by_the_shared_map_and_then_by_the_users(
+    lm: steer.FrozenLM, histories: list[steer.History]
+) -> None:
+    training = perfit()
+    artifact = training.train(lm, histories)
+    state = training.fit(lm, histories[0])
+    ids, start = torch.tensor([lm.encode("greet me")] * 3), 3
+    seen: list[Tensor] = []
+
+    def hidden(edited: Sequence[steer.UserState | None]) -> Tensor:
+        with torch.no_grad(), lm.steered(states=edited, artifacts=[artifact], prompt_lengths=[start + 1] * 3):
+            return lm.model(ids, output_hidden_states=True).hidden_states[1]
+
+    own = training.own_part(state)
+    plain, seen = hidden([None] * 3), list(hidden([state, None, own]))
+    expected = plain[0, start:]
+    for tensors in (artifact.tensors, state.tensors):
+        rotation, weight, bias = maps(tensors, "resid_post[0]")
+        expected = expected + (expected @ weight.T + bias - expected @ rotation.T) @ rotation
+        assert_close(rotation @ rotation.T, torch.eye(len(rotation)), 1e-5)
+    assert_close(seen[0][start:], expected)
+    assert torch.equal(seen[0][:start], plain[0, :start])
+    assert torch.equal(seen[1], plain[1])
+    rotation, weight, bias = maps(state.tensors, "resid_post[0]")
+    own_only = plain[2, start:] + (plain[2, start:] @ (weight - rotation).T + bias) @ rotation
+    assert_close(seen[2][start:], own_only)
+    assert (seen[2] - seen[0]).abs().max() > 1e-2
+
+
+def test_perfit_lowers_the_loss_in_both_stages(lm: steer.FrozenLM, histories: list[steer.History]) -> None:
+    training, losses = perfit(shared_epochs=8, epochs=8), []
+    artifact = training.train(lm, histories, on_step=lambda step, loss: losses.append(loss))
+    plain = steered_loss(lm, histories[0], None)
+    states = training.fit_many(lm, histories)
+    for history, state in zip(histories, states, strict=True):
+        start = perfit(shared_epochs=8, epochs=0)
+        start.use(lm, artifact)
+        shared = steered_loss(lm, history, start.fit(lm, history), artifact)
+        assert steered_loss(lm, history, state, artifact) < shared - 0.02
+    assert len(losses) == 8 * 3
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.1
+    assert plain > steered_loss(lm, histories[0], states[0], artifact)
+
+
+def test_many_maps_at_once_are_each_alone(lm: steer.FrozenLM, histories: list[steer.History]) -> None:
+    """Users of one, three and five records make different numbers of steps."""
+    everybody, told, training = people(histories), [], perfit()
+    training.train(lm, everybody)
+    together = training.fit_many(lm, everybody, on_progress=told.append)
+    assert [state.provenance.calibration["step"] for state in together] == [8, 4, 12]
+    assert told[-1] == 1
+    for history, state in zip(everybody, together, strict=True):
+        alone = training.fit(lm, history)
+        for name, tensor in state.tensors.items():
+            assert_close(tensor, alone.tensors[name], 1e-3)
+
+
+def test_maps_that_cannot_be(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    with pytest.raises(steer.SteerError, match=r"call train\("):
+        perfit().fit(llama, histories[0])
+    with pytest.raises(steer.SteerError, match="no records to train the shared maps"):
+        perfit().train(llama, [])
+    artifact = perfit(shared_epochs=0).train(llama, histories)
+    for other in (perfit(layer=0), perfit(positions="all")):
+        other.use(llama, artifact)
+        with pytest.raises(steer.SteerError, match="the shared maps were trained at"):
+            other.fit(llama, histories[0])
+    given = perfit()
+    given.use(llama, artifact)
+    with pytest.raises(steer.SteerError, match="'nobody' has no records to train a map on"):
+        given.fit(llama, steer.History("nobody", ()))
+    state = given.fit(llama, histories[0])
+    with pytest.raises(steer.SteerError, match="needs the artifact"):
+        llama.generate(["x"], states=[state])
+
+
+# Every method that is trained.
+
+
+@pytest.mark.parametrize(
+    "training", [method(shared_steps=3, steps=8, learning_rate=0.3), perfit(learning_rate=0.05)], ids=lambda m: m.name
+)
+def test_trained_states_survive_a_bank(
+    llama: steer.FrozenLM, histories: list[steer.History], training: steer.Method, tmp_path: Path
+) -> None:
+    bank = steer.Bank(tmp_path / "people.bank")
     artifact = training.train(llama, histories)
     assert artifact is not None
     bank.put_artifact(artifact)
@@ -329,7 +439,8 @@ def test_trained_states_survive_a_bank(llama: steer.FrozenLM, histories: list[st
     together = llama.generate_tokens(prompts, ["ann", None, "bob"], stored, **settings)
     plain = llama.generate_tokens(prompts, **settings)
     assert together[1] == plain[1]
-    assert together != plain
+    assert together[0] != plain[0]
+    assert together[2] != plain[2]
     direct = llama.generate_tokens(prompts, states=[states[0], None, states[1]], artifacts=[artifact], **settings)
     assert together == direct
 

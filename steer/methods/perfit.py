@@ -1,9 +1,9 @@
 """PerFit: a low-rank map of hidden states that all users share, and a smaller one for each user on top.
 
-Liu et al., "PerFit: Exploring Personalization Shifts in Representation Space of LLMs", 2025, with the low-rank map of
-LoReFT (Wu et al., "ReFT: Representation Finetuning for Language Models", NeurIPS 2024, arXiv 2404.03592, Eq. 2):
+Liu et al., "PerFit: Exploring Personalization Shifts in Representation Space of LLMs", ICLR 2026, with the low-rank map
+of LoReFT (Wu et al., "ReFT: Representation Finetuning for Language Models", NeurIPS 2024, arXiv 2404.03592, Eq. 2):
 
-    φ(h) = h + Rᵀ( W h + b − R h ),   R with orthonormal rows                      h'_l(x)_t = φ_user( φ_shared( h_l(x)_t ) )
+    φ(h) = h + Rᵀ( W h + b − R h ),  R with orthonormal rows              h'_l(x)_t = φ_user( φ_shared( h_l(x)_t ) )
 
 Stage 1 trains φ_shared on all users' texts, stage 2 each φ_user on that user's, both to make the texts likely.
 

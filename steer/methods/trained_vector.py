@@ -5,7 +5,7 @@ Subramani, Suresh and Peters, "Extracting Latent Steering Vectors from Pretraine
 
     min_v  −Σ_i log p( y_i | x_i ; h_l(x)_t + v )                                  t from the last prompt token on
 
-Where users share a stage, as in PerFit (arXiv 2025, see `perfit.py`), a common vector c is trained on everybody's texts
+Where users share a stage, as in PerFit (`perfit.py`), a common vector c is trained on everybody's texts
 first, and each user's v on top of it, h_l + c + v, so that v is left with what is not common to all.
 """
 
