@@ -110,7 +110,9 @@ class Steering:
             SteerError: forward passes were made, and a part of the plan never took part in one.
         """
         self._decided = self.decisions
-        self._pool.clear()
+        # What a step of training has bound is needed in its backward pass, and goes with it.
+        if self._pool is self.lm.operators:
+            self._pool.clear()
         self.lm.attachment.unbind()
         if check and self._ran:
             self._report_idle()
