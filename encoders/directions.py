@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from steer.errors import SteerError
-
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
@@ -17,19 +15,15 @@ def logistic_direction(own: Float[Tensor, "row d"], other: Float[Tensor, "other 
     """The normal of the plane by which logistic regression separates them, towards `own`, float64.
 
     With an intercept, both sides weighted equally, and an L2 penalty (C = 1): without one, states that can be separated
-    at all, as these usually can, have no best plane.
-
-    Raises:
-        SteerError: scikit-learn is not installed.
+    at all, as these usually can, have no best plane. Needs scikit-learn.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise SteerError("logistic regression needs scikit-learn: pip install 'steer-toolkit[extract]'") from None
+    from sklearn.linear_model import LogisticRegression
+
     rows = torch.cat([own, other]).double()
     labels = [1] * len(own) + [0] * len(other)
     fitted = LogisticRegression(class_weight="balanced", max_iter=10_000).fit(rows.numpy(), labels)
-    return _unit(torch.from_numpy(fitted.coef_[0]))
+    normal = torch.from_numpy(fitted.coef_[0])
+    return normal / normal.norm()
 
 
 def principal_direction(differences: Float[Tensor, "row d"]) -> Float[Tensor, " d"]:
@@ -40,7 +34,3 @@ def principal_direction(differences: Float[Tensor, "row d"]) -> Float[Tensor, " 
     differences = differences.double()
     axis = torch.linalg.svd(differences, full_matrices=False).Vh[0]
     return -axis if axis @ differences.mean(0) < 0 else axis
-
-
-def _unit(vector: Tensor) -> Tensor:
-    return vector / vector.norm()
