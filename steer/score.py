@@ -166,7 +166,7 @@ def score(
     histories = [history for history in histories if len(history)]
     if not histories:
         raise SteerError("there are no records to score")
-    _require_unseen(histories, states)
+    require_unseen(histories, states)
     rng, done, scores = np.random.default_rng(seed), 0, []
     for history in histories:
         strangers = sorted(set(states) - {history.user_id})
@@ -186,7 +186,7 @@ def score(
     return Scores(scores)
 
 
-def _require_unseen(histories: Sequence[History], states: Mapping[str, UserState]) -> None:
+def require_unseen(histories: Sequence[History], states: Mapping[str, UserState]) -> None:
     fitted = {record: user for user, state in states.items() for record in state.provenance.records}
     for history in histories:
         if history.user_id not in states:

@@ -8,8 +8,11 @@ from steer.cli.bank import bank
 from steer.cli.demo import demo
 from steer.cli.extract import extract
 from steer.cli.generate import generate
+from steer.cli.lens import lens
 from steer.cli.models import models
 from steer.cli.score import score
+from steer.cli.sweep import sweep
+from steer.cli.tokens import tokens
 
 app = typer.Typer(
     help="Make a frozen language model write like a particular person.\n\n"
@@ -25,5 +28,8 @@ app.command()(demo)
 app.command()(extract)
 app.command()(generate)
 app.command()(score)
+app.command()(sweep)
+app.command()(lens)
+app.command()(tokens)
 app.add_typer(bank, name="bank")
 app.add_typer(models, name="models")

@@ -63,3 +63,11 @@ def parse_layers(text: str) -> list[int]:
     if min(layers) < 0 or len(set(layers)) < len(layers):
         raise SteerError(f"--layer {text}: layers count from 0 and are named once")
     return layers
+
+
+def parse_numbers(option: str, text: str) -> list[float]:
+    """Reads `0.5` or `0.25,0.5,1`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SteerError(f"{option} {text} is not a list of numbers such as 0.5 or 0.25,0.5,1") from None

@@ -1,5 +1,9 @@
 """Pictures of what happened."""
 
 from steer.view.figures import style_figure
+from steer.view.lens import Lens, lens
+from steer.view.projections import TokenMap, Values, projections
+from steer.view.sweep import Sweep
+from steer.view.tokens import read_tokens
 
-__all__ = ["style_figure"]
+__all__ = ["Lens", "Sweep", "TokenMap", "Values", "lens", "projections", "read_tokens", "style_figure"]

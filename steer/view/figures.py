@@ -14,6 +14,25 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+DPI = 130
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of that many inches. Raises SteerError if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SteerError("figures need matplotlib: pip install 'steer-toolkit[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def drawable(text: str) -> str:
+    """The text with escapes for characters that matplotlib's font lacks; it would draw them all as the same box."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    glyphs = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(c if ord(c) in glyphs else c.encode("unicode_escape").decode() for c in text)
+
 
 def style_figure(
     path: str | Path,
@@ -36,17 +55,13 @@ def style_figure(
         writers: who wrote them.
         strength: at which `change` was measured.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SteerError("figures need matplotlib: pip install 'steer-toolkit[plot]'") from None
-    figure = Figure(figsize=(12.5, 5.4), layout="constrained")
+    figure = new_figure(12.5, 5.4)
     table, plane = figure.subplots(1, 2)
     image = _draw_change(table, users, change)
     table.set_title(f"Does a style make its owner's texts likelier? (strength {strength:g})", fontsize=11)
     figure.colorbar(image, ax=table, label="change of nats per token (green: likelier)", shrink=0.85)
     _draw_plane(plane, users, vectors, texts, writers)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=DPI)
 
 
 def _draw_change(axes: Any, users: Sequence[str], change: Tensor) -> Any:

@@ -1,0 +1,148 @@
+"""Sweeps: each point of the grid is what scoring that point alone gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import steer
+from steer.cli.app import app
+from steer.score import score
+from steer.sweep import sweep
+from steer.view import Sweep
+
+LAYERS = [0, 2]
+STRENGTHS = [0.5, 2.0, -1.0]
+
+
+def split(histories: list[steer.History]) -> tuple[list[steer.History], list[steer.History]]:
+    """With a third user, so that there are others to choose from."""
+    third = tuple(steer.Record("cid", "ok ok ok " + r.response[::-1], r.prompt) for r in histories[0])
+    everybody = [*histories, steer.History("cid", third)]
+    return [one.split(2)[0] for one in everybody], [one.split(2)[1] for one in everybody]
+
+
+def fitted(lm: steer.FrozenLM, known: list[steer.History], layer: Any = tuple(LAYERS)) -> dict[str, steer.UserState]:
+    method = steer.StyleVector(layer=layer, neutral="population")
+    method.train(lm, known)
+    return {history.user_id: method.fit(lm, history) for history in known}
+
+
+@pytest.mark.parametrize("unit", ["strength", "dose"])
+def test_each_point_is_its_own_score(llama: steer.FrozenLM, histories: list[steer.History], unit: str) -> None:
+    known, later = split(histories)
+    done: list[int] = []
+    amounts = {f"{unit}s": STRENGTHS}
+    found = sweep(llama, later, fitted(llama, known), **amounts, others=2, on_progress=done.append)  # type: ignore[arg-type]
+    assert done == [1, 2, 3, 4, 5, 6]
+    assert found.unit == unit
+    assert found.users == ("ann", "bob", "cid")
+    assert found.other is not None
+    for i, layer in enumerate(LAYERS):
+        states = fitted(llama, known, layer)
+        for j, amount in enumerate(STRENGTHS):
+            scores = score(llama, later, states, others=2, **{unit: amount}).users  # type: ignore[arg-type]
+            for k, one in enumerate(scores):
+                assert one.other_mean is not None
+                assert found.base[k] == pytest.approx(one.base, rel=1e-5)
+                assert found.own[k, i, j] == pytest.approx(one.own - one.base, abs=1e-5)
+                assert found.other[k, i, j] == pytest.approx(one.other_mean - one.base, abs=1e-5)
+                assert found.tokens[k] == one.tokens
+    assert found.own.abs().min() > 1e-3
+
+
+def test_without_others(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    known, later = split(histories)
+    found = sweep(llama, later[:1], fitted(llama, known), strengths=[1.0])
+    assert found.other is None
+    assert list(found.maps()) == ["own − none"]
+    assert found.to_json()["own_minus_other"] is None
+
+
+def made_up() -> Sweep:
+    own = torch.tensor([[[-0.02, -0.05, 0.9], [0.01, -0.03, 1.4]], [[-0.04, -0.01, 0.7], [0.03, -0.05, 1.0]]])
+    sites = tuple(steer.Site("resid_post", layer) for layer in LAYERS)
+    base = torch.tensor([3.0, 2.0])
+    return Sweep(("<ann>", "bob"), sites, (0.5, 1.0, 4.0), "strength", base, own, own / 2, 1, (10, 20))
+
+
+def test_maps_are_means_over_users() -> None:
+    found = made_up()
+    expected = [[-0.03, -0.03, 0.8], [0.02, -0.04, 1.2]]
+    torch.testing.assert_close(found.maps()["own − none"], torch.tensor(expected))
+    torch.testing.assert_close(found.maps()["own − others'"], torch.tensor(expected) / 2)
+    assert found.best() == (steer.Site("resid_post", 2), 1.0)
+    written = json.loads(json.dumps(found.to_json()))
+    assert written["best"] == {"site": "resid_post[2]", "strength": 1.0}
+    assert written["own_minus_base"][1][1] == pytest.approx(-0.04)
+    assert written["users"]["bob"]["own_minus_base"][0][2] == pytest.approx(0.7)
+
+
+def test_maps_are_shown(tmp_path: Path) -> None:
+    found = made_up()
+    # The strongest green is the greatest gain, which a great loss elsewhere does not make pale.
+    assert 'background:#4d9221;color:#000000;padding:0.2em 0.5em">-0.0400' in found.html()
+    assert 'background:#c51b7d;color:#ffffff;padding:0.2em 0.5em">+1.2000' in found.html()
+    assert "resid_post[2]     +0.0200  -0.0400  +1.2000" in str(found)
+    assert "best for their own: resid_post[2] at strength 1 (2 users, each against 1 other)" in str(found)
+    figure = found.figure()
+    first, second = figure.axes[0], figure.axes[1]
+    assert [text.get_text() for text in first.texts] == ["-0.030", "-0.030", "+0.800", "+0.020", "-0.040", "+1.200"]
+    assert [label.get_text() for label in first.get_xticklabels()] == ["0.5", "1", "4"]
+    assert first.images[0].get_clim() == pytest.approx((-0.04, 0.04))
+    assert second.get_title() == "own − others'"
+    figure.savefig(tmp_path / "sweep.png")
+
+
+def test_what_is_refused(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    known, later = split(histories)
+    states = fitted(llama, known)
+    mixed = states | {"bob": fitted(llama, known, 1)["bob"]}
+    for arguments, message in (
+        ((later, states), "either strengths or doses"),
+        ((known, states, [1.0]), "fitted on"),
+        ((later, states, []), "at least one"),
+        (([], states, [1.0]), "no records"),
+        ((later, mixed, [1.0]), "different sites"),
+    ):
+        records, fits, *rest = arguments
+        with pytest.raises(steer.SteerError, match=message):
+            sweep(llama, records, fits, strengths=rest[0] if rest else None)  # type: ignore[arg-type]
+    with pytest.raises(steer.SteerError, match="3 others to compare with, and 3 users"):
+        sweep(llama, later, states, strengths=[1.0], others=3)
+
+
+def test_the_command(
+    tmp_path: Path, llama: steer.FrozenLM, histories: list[steer.History], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    records = [record for history in histories for record in history]
+    lines = ({"user_id": r.user_id, "prompt": r.prompt, "text": r.response, "id": r.id} for r in records)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr("steer.cli.options.load", lambda *_: llama)
+    paths = {kind: tmp_path / f"sweep.{kind}" for kind in ("json", "html", "png")}
+    outputs = [str(part) for kind, path in paths.items() for part in (f"--{kind}", path)]
+    arguments = ["sweep", str(file), "--layers", "0,2", "--holdout", "2"]
+    grid = ["--strengths", "0.5,2", "--others", "1", "--limit", "1"]
+    done = CliRunner().invoke(app, [*arguments, *grid, *outputs])
+    assert done.exit_code == 0, done.output
+    assert "own − others'" in done.stdout
+    known, later = [one.split(2)[0] for one in histories], [one.split(2)[1].first(1) for one in histories]
+    expected = sweep(llama, later, fitted(llama, known), strengths=[0.5, 2], others=1)
+    assert json.loads(paths["json"].read_text(encoding="utf-8")) == json.loads(json.dumps(expected.to_json()))
+    assert paths["html"].read_text(encoding="utf-8") == expected.html()
+    assert paths["png"].exists()
+    for wrong, message in (
+        ([], "either --strengths or --doses"),
+        (["--strengths", "1", "--doses", "1"], "either --strengths or --doses"),
+        (["--strengths", "1;2"], "not a list of numbers"),
+        (["--strengths", "1", "--holdout", "9"], "nobody"),
+    ):
+        refused = CliRunner().invoke(app, [*arguments, *wrong])
+        assert isinstance(refused.exception, steer.SteerError)
+        assert message in str(refused.exception)
