@@ -18,8 +18,8 @@ _LENS_NAMES = {
     "attn_out": "blocks.{}.hook_attn_out",
     "mlp_out": "blocks.{}.hook_mlp_out",
     "z": "blocks.{}.attn.hook_z",
-    "embed": "hook_embed",
-    "ln_final": "ln_final.hook_normalized",
+    "embed": "embed.hook_out",
+    "ln_final": "ln_final.hook_out",
 }
 
 
@@ -69,7 +69,7 @@ class Site:
 
     @property
     def lens_name(self) -> str:
-        """The hook name of TransformerLens."""
+        """The hook name of TransformerLens 4. Of the names that it has, those of the tensors that are meant here."""
         return _LENS_NAMES[self.name].format(self.layer)
 
     def __str__(self) -> str:

@@ -96,7 +96,8 @@ class Steering:
         attachment.declare(self.plan.sites)
         attachment.bind(self)
         try:
-            attachment.install(self._assemble())
+            self._working = self._assemble()
+            attachment.install(self._working)
             self._load(self._plain_rows())
         except BaseException:
             self._pool.clear()
@@ -226,6 +227,34 @@ class Steering:
                 f"{idle[0]} never took part in a forward pass, so nothing was steered by it. Was the model compiled "
                 "before it was wrapped, called with inputs_embeds, or generated without steering.generate_kwargs()?"
             )
+
+    def hand_over(self) -> dict[Site, Operator]:
+        """Takes the operators out of steer's own hooks, for code that runs them at their sites itself.
+
+        Returns:
+            For each site one function, from the tensor `[row, pos, d]` there to its replacement. Positions still come
+            from the forward pass of the model, so the model must be the one that is steered.
+
+        Raises:
+            SteerError: the plan contrasts streams, which are a way of decoding and not an edit at a site.
+        """
+        if not self._contrasts_nothing:
+            raise SteerError("contrasted streams need steer's own generation; hand over a plan without a StreamEdit")
+        self.lm.attachment.install(dict.fromkeys(self._working, ()))
+        return {site: self._in_turn(site, operators) for site, operators in self._working.items()}
+
+    def _in_turn(self, site: Site, operators: tuple[Operator, ...]) -> Operator:
+        def run(hidden: Tensor) -> Tensor:
+            if self._rows is None or hidden.shape[0] != len(self._rows):
+                raise SteerError(
+                    f"{site}: {hidden.shape[0]} rows came by, and {self.plan.batch} are bound; hand the whole batch to "
+                    "the operators, in one piece"
+                )
+            for operator in operators:
+                hidden = operator(hidden)
+            return hidden
+
+        return run
 
     # One forward pass; called by the hooks.
 
