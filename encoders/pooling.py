@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 
@@ -29,13 +29,17 @@ def mean_over_response(
     return (hidden.float() * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
 
 
-def token_norms(
+def median_norm(
     hidden: Float[Tensor, "text pos d"], starts: Int[Tensor, " text"], ends: Int[Tensor, " text"]
-) -> Float[Tensor, " token"]:
-    """Norms of the hidden states in `[starts, ends)`, without the sequence's first, in float32."""
-    return hidden[_span(hidden, starts, ends)].float().norm(dim=-1)
+) -> Float[Tensor, " text"]:
+    """Each text's median norm of the hidden states in `[starts, ends)`, without the sequence's first, in float32.
+
+    Of an even number of tokens it is the lower of the two in the middle.
+    """
+    norms = hidden.float().norm(dim=-1)
+    return norms.masked_fill(~_span(hidden, starts, ends), float("nan")).nanmedian(dim=1).values
 
 
-def _span(hidden: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+def _span(hidden: Tensor, starts: Tensor, ends: Tensor) -> Bool[Tensor, "text pos"]:
     positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
     return (positions >= starts.clamp(min=1)[:, None]) & (positions < ends[:, None])

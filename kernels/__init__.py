@@ -11,8 +11,10 @@ from steer.kernels.rows import (
     naive_low_rank_rows,
     naive_overwrite_rows,
     naive_project_rows,
+    naive_similarity_to_projection,
     overwrite_rows,
     project_rows,
+    similarity_to_projection,
 )
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "naive_low_rank_rows",
     "naive_overwrite_rows",
     "naive_project_rows",
+    "naive_similarity_to_projection",
     "overwrite_rows",
     "project_rows",
+    "similarity_to_projection",
 ]

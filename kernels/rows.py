@@ -1,4 +1,4 @@
-"""Per-row edits of hidden states: add a vector, clamp a projection, move a low-rank part, overwrite a span."""
+"""Per-row edits of hidden states: add a vector, clamp a projection, apply a low-rank map, overwrite a span."""
 
 from __future__ import annotations
 
@@ -133,6 +133,28 @@ def naive_low_rank_rows(
                 total = total + float(amounts[row, pos]) * coordinate * up[row, k].double()
             if amounts[row, pos, 0]:
                 out[row, pos] = total
+    return out
+
+
+def similarity_to_projection(
+    states: Float[Tensor, "row d"], directions: Float[Tensor, "row d"]
+) -> Float[Tensor, " row"]:
+    """cos(h, tanh(P h)) with P = c cᵀ / (cᵀ c), the projection on the row's direction c; 0 where h or c is 0."""
+    squares = directions.square().sum(-1, keepdim=True)
+    shares = (states * directions).sum(-1, keepdim=True) / torch.where(squares > 0, squares, 1.0)
+    return torch.nn.functional.cosine_similarity(states, torch.tanh(shares * directions), dim=-1)
+
+
+def naive_similarity_to_projection(
+    states: Float[Tensor, "row d"], directions: Float[Tensor, "row d"]
+) -> Float[Tensor, " row"]:
+    """Reference of `similarity_to_projection`: one row at a time, with the matrix P, in float64."""
+    out = torch.zeros(len(states), dtype=torch.float64)
+    for row in range(len(states)):
+        h, c = states[row].double(), directions[row].double()
+        if h.any() and c.any():
+            squashed = torch.tanh(torch.outer(c, c) @ h / (c @ c))
+            out[row] = (h @ squashed) / (h.norm() * squashed.norm())
     return out
 
 

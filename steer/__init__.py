@@ -4,10 +4,11 @@ from steer.architectures import Architecture, register_architecture
 from steer.bank import Bank
 from steer.errors import SteerError, UnknownUser
 from steer.history import History, Record, read_histories
-from steer.inject import LowRankEdit, MemoryEdit, PrefixEdit, ProjectionEdit, ResidualEdit, StreamEdit
-from steer.method import Method
-from steer.methods import CoS, PrefixTuning, StyleVector, UserLLM
+from steer.inject import Condition, LowRankEdit, MemoryEdit, PrefixEdit, ProjectionEdit, ResidualEdit, StreamEdit
+from steer.method import Method, make_method
+from steer.methods import CAA, CoS, PerFit, PrefixTuning, RepEPCA, StyleVector, TrainedVector, UserLLM
 from steer.model import FrozenLM, load, uncompile, wrap
+from steer.pairs import Pair, read_pairs
 from steer.read import read
 from steer.sites import Site
 from steer.state import Artifact, Blend, Provenance, UserState
@@ -16,33 +17,41 @@ from steer.steering import Steering
 __version__ = "0.1.0"
 
 __all__ = [
+    "CAA",
     "Architecture",
     "Artifact",
     "Bank",
     "Blend",
     "CoS",
+    "Condition",
     "FrozenLM",
     "History",
     "LowRankEdit",
     "MemoryEdit",
     "Method",
+    "Pair",
+    "PerFit",
     "PrefixEdit",
     "PrefixTuning",
     "ProjectionEdit",
     "Provenance",
     "Record",
+    "RepEPCA",
     "ResidualEdit",
     "Site",
     "SteerError",
     "Steering",
     "StreamEdit",
     "StyleVector",
+    "TrainedVector",
     "UnknownUser",
     "UserLLM",
     "UserState",
     "load",
+    "make_method",
     "read",
     "read_histories",
+    "read_pairs",
     "register_architecture",
     "uncompile",
     "wrap",

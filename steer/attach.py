@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -48,6 +48,16 @@ class Slot:
         return hidden
 
 
+class Place(NamedTuple):
+    """Where a site's tensor passes: the input or the output of a module.
+
+    A `shared` input is at the same time the residual that goes around the module, so it is written in place.
+    """
+
+    module: nn.Module
+    at: Literal["input", "output", "shared"]
+
+
 class Attachment:
     """The hooks on one model.
 
@@ -62,7 +72,8 @@ class Attachment:
         self.blocks: Sequence[nn.Module] = list(self.decoder.get_submodule(architecture.blocks).children())
         self.slots: dict[Site, Slot] = {}
         self.traced = False
-        self._arguments = list(inspect.signature(self.decoder.forward).parameters)
+        # Of the class, since nnsight puts a `forward` of its own into the module.
+        self._arguments = list(inspect.signature(type(self.decoder).forward).parameters)[1:]
         self._binding: Binding | None = None
         self._owner: int | None = None
         self._lock = threading.Lock()
@@ -89,13 +100,22 @@ class Attachment:
                     "steer.uncompile(model) first"
                 )
             slot = Slot(site)
-            self._handles.append(self._place(slot))
+            self._handles.append(_hook(self.place_of(site), slot))
             self.slots[site] = slot
 
     def bind(self, binding: Binding) -> None:
-        """Takes the model for one user of the hooks. Raises SteerError if somebody has it already, or it is closed."""
+        """Takes the model for one user of the hooks.
+
+        Raises:
+            SteerError: somebody has it already, it is closed, or its blocks are not those that were hooked.
+        """
         if not self._handles:
             raise SteerError("this FrozenLM is closed; wrap the model again")
+        if list(self.decoder.get_submodule(self.architecture.blocks).children()) != self.blocks:
+            raise SteerError(
+                "the model's blocks were replaced after it was wrapped, as TransformerLens does; close() this, boot "
+                "the TransformerBridge first, then wrap that"
+            )
         if not self._lock.acquire(blocking=False):
             raise SteerError(
                 "this model is already steered or read, in an enclosing block or by another thread; put all users "
@@ -135,32 +155,33 @@ class Attachment:
         if self._binding is not None:
             self._binding.end()
 
-    def _place(self, slot: Slot) -> RemovableHandle:
-        name, layer, paths = slot.site.name, slot.site.layer, self.architecture
+    def place_of(self, site: Site) -> Place:
+        """Finds a site in the model. Raises SteerError if the model has no such site."""
+        name, layer, paths = site.name, site.layer, self.architecture
         if layer is not None and layer >= len(self.blocks):
-            raise SteerError(f"{slot.site}: the model has {len(self.blocks)} layers, 0 to {len(self.blocks) - 1}")
+            raise SteerError(f"{site}: the model has {len(self.blocks)} layers, 0 to {len(self.blocks) - 1}")
         if name == "embed":
-            return _on_output(self.decoder.get_submodule(paths.embed), slot)
+            return Place(self.decoder.get_submodule(paths.embed), "output")
         if name == "ln_final":
-            return _on_output(self.decoder.get_submodule(paths.final_norm), slot)
+            return Place(self.decoder.get_submodule(paths.final_norm), "output")
         assert layer is not None
         block = self.blocks[layer]
         if name == "resid_pre":
-            return _on_input(block, slot)
+            return Place(block, "input")
         if name == "resid_post":
-            return _on_output(block, slot)
+            return Place(block, "output")
         if name == "attn_out":
-            return _on_output(block.get_submodule(paths.attn_out), slot)
+            return Place(block.get_submodule(paths.attn_out), "output")
         if name == "mlp_out":
-            return _on_output(block.get_submodule(paths.mlp_out), slot)
+            return Place(block.get_submodule(paths.mlp_out), "output")
         if name == "z":
-            return _on_input(block.get_submodule(paths.z), slot)
+            return Place(block.get_submodule(paths.z), "input")
         if paths.mid is None:
             raise SteerError(
-                f"{slot.site}: in this architecture attention and feed-forward run in parallel, so there is no "
+                f"{site}: in this architecture attention and feed-forward run in parallel, so there is no "
                 f"residual between them; use resid_post[{layer}]"
             )
-        return _on_shared_input(block.get_submodule(paths.mid), slot)
+        return Place(block.get_submodule(paths.mid), "shared")
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -192,6 +213,23 @@ def _positions(arguments: dict[str, Any]) -> Int[Tensor, "row pos"]:
     return columns.expand(rows, -1)
 
 
+def in_place(run: Operator) -> Operator:
+    """Writes what an operator returns into the tensor itself, so that whoever else holds it sees the edit as well."""
+
+    def write(hidden: Tensor) -> Tensor:
+        # Autograd must not find the values it saved overwritten, hence the copy while it records.
+        edited = run(hidden.clone() if torch.is_grad_enabled() else hidden)
+        return hidden.copy_(edited)
+
+    return write
+
+
+def _hook(place: Place, slot: Slot) -> RemovableHandle:
+    if place.at == "output":
+        return _on_output(place.module, slot)
+    return _on_input(place.module, slot, in_place(slot.run) if place.at == "shared" else slot.run)
+
+
 def _on_output(module: nn.Module, slot: Slot) -> RemovableHandle:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if not slot.operators:
@@ -204,23 +242,7 @@ def _on_output(module: nn.Module, slot: Slot) -> RemovableHandle:
     return module.register_forward_hook(hook, prepend=True)
 
 
-def _on_input(module: nn.Module, slot: Slot) -> RemovableHandle:
-    return _pre_hook(module, slot, slot.run)
-
-
-def _on_shared_input(module: nn.Module, slot: Slot) -> RemovableHandle:
-    """Hooks a norm whose input is at the same time the residual that goes around it."""
-
-    def run(hidden: Tensor) -> Tensor:
-        # Written in place, so that the residual connection carries the edit as well. Autograd must not find the
-        # values it saved overwritten, hence the copy while it records.
-        edited = slot.run(hidden.clone() if torch.is_grad_enabled() else hidden)
-        return hidden.copy_(edited)
-
-    return _pre_hook(module, slot, run)
-
-
-def _pre_hook(module: nn.Module, slot: Slot, run: Callable[[Tensor], Tensor]) -> RemovableHandle:
+def _on_input(module: nn.Module, slot: Slot, run: Operator) -> RemovableHandle:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not slot.operators:
             return None

@@ -36,7 +36,7 @@ def response_losses(
     starts = [max(span.start, 1) + extra for span, extra in zip(spans, prefixes.tolist(), strict=True)]
     targets = _targets(spans).to(lm.device)
     with lm.steered(states=[None] * len(spans), edits=edits, prompt_lengths=starts) as steering:
-        logits = _last_logits(lm, steering.prepare([span.ids for span in spans]), targets.shape[1] + 1)
+        logits = last_logits(lm, steering.prepare([span.ids for span in spans]), targets.shape[1] + 1)
     losses = cross_entropy(
         logits[:, :-1].float().transpose(1, 2), targets.to(logits.device), ignore_index=_NO_TARGET, reduction="none"
     )
@@ -53,7 +53,7 @@ def _targets(spans: Sequence[Span]) -> Int[Tensor, "row pos"]:
     return targets
 
 
-def _last_logits(lm: FrozenLM, batch: Mapping[str, Tensor], count: int) -> Float[Tensor, "row pos vocab"]:
+def last_logits(lm: FrozenLM, batch: Mapping[str, Tensor], count: int) -> Float[Tensor, "row pos vocab"]:
     """Logits at the last `count` positions; the head does not run at the others where the model can leave them out."""
     arguments: dict[str, Any] = {**batch, "use_cache": False}
     if lm.attachment.architecture.takes_position_ids:

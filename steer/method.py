@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from steer.errors import SteerError
@@ -59,6 +60,23 @@ class Method(ABC):
     def fit(self, lm: FrozenLM, history: History) -> UserState:
         """Computes one user's state."""
 
+    def fit_many(
+        self, lm: FrozenLM, histories: Sequence[History], on_progress: Callable[[float], None] | None = None
+    ) -> list[UserState]:
+        """Computes many users' states, in order; methods that can do users together do.
+
+        Args:
+            lm: the model.
+            histories: one for each user.
+            on_progress: told from time to time what share of the work is done.
+        """
+        states = []
+        for done, history in enumerate(histories, start=1):
+            states.append(self.fit(lm, history))
+            if on_progress is not None:
+                on_progress(done / len(histories))
+        return states
+
     @classmethod
     @abstractmethod
     def bind(
@@ -71,6 +89,22 @@ class Method(ABC):
 
 
 METHODS: dict[str, type[Method]] = {}
+
+
+def make_method(name: str, **settings: Any) -> Method:
+    """A method by its name, with these hyper-parameters.
+
+    Raises:
+        SteerError: there is no such method, or it has no such hyper-parameter, or needs one that is not given.
+    """
+    if name not in METHODS:
+        raise SteerError(f"there is no method {name!r}; there are {', '.join(sorted(METHODS))}")
+    signature = inspect.signature(METHODS[name])
+    try:
+        signature.bind(**settings)
+    except TypeError as error:
+        raise SteerError(f"{name}: {error}; its hyper-parameters are {', '.join(signature.parameters)}") from None
+    return METHODS[name](**settings)
 
 
 def method_of(state: UserState) -> type[Method]:

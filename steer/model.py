@@ -16,13 +16,16 @@ from steer.attach import Attachment
 from steer.embedded import EMBEDDED, resolve
 from steer.errors import SteerError
 from steer.inject import Edit
+from steer.interop import named_parameters, unwrap
 from steer.plan import Amounts, Plan, RowStates, edits_of, kinds_of, rows_of
 from steer.sites import Site
 from steer.state import Artifact, Blend, Fingerprint, UserState
 from steer.steering import Operators, Steering
 
 if TYPE_CHECKING:
+    from nnsight import Envoy
     from torch import Tensor
+    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from steer.bank import Bank
@@ -135,7 +138,7 @@ class FrozenLM:
         projection = self.attachment.blocks[site.layer].get_submodule(self.attachment.architecture.z)
         # GPT-2's Conv1D keeps its weight as [in, out].
         weight = cast("Tensor", projection.weight)
-        return projection.in_features if isinstance(projection, nn.Linear) else weight.shape[0]
+        return getattr(projection, "in_features", weight.shape[0])
 
     def memory_site(self, site: Site) -> Site:
         """Where cross-attention for `site` enters: after the block if attention and feed-forward are parallel."""
@@ -154,7 +157,7 @@ class FrozenLM:
     def fingerprint(self) -> Fingerprint:
         """Architecture and sampled weights, independent of dtype and device."""
         shape = {key: getattr(self._config, key, None) for key in _ARCHITECTURE_KEYS}
-        parameters = [p for _, p in sorted(self.model.base_model.named_parameters()) if p.is_floating_point()]
+        parameters = [p for _, p in sorted(named_parameters(self.model.base_model)) if p.is_floating_point()]
         # Spread over parameters and within them; the multiplier is Knuth's, prime to every size.
         samples = [
             parameters[i * len(parameters) // _SAMPLED_WEIGHTS].detach().flatten()[i * 2654435761 % size].cpu().float()
@@ -379,7 +382,7 @@ class FrozenLM:
 
 
 def wrap(
-    model: PreTrainedModel,
+    model: PreTrainedModel | TransformerBridge | Envoy,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     sites: Iterable[Site | str] | None = None,
@@ -387,14 +390,16 @@ def wrap(
     """Prepares a transformers model for reading and steering.
 
     Args:
-        model: a causal language model that was not compiled yet; wrap first, compile after.
-        tokenizer: its tokenizer; without one, prompts are token ids.
+        model: a causal language model that was not compiled yet; wrap first, compile after. Also the model in a
+            TransformerBridge or in an nnsight model.
+        tokenizer: its tokenizer; nnsight's if None. Without one, prompts are token ids.
         sites: where to place hooks; `embed` and all `resid_post` if None. More can be declared until it is compiled.
 
     Raises:
         SteerError: the architecture is not described, or the model was compiled or wrapped before.
     """
-    return FrozenLM(model, tokenizer, sites=sites)
+    inner, own = unwrap(model)
+    return FrozenLM(inner, tokenizer or own, sites=sites)
 
 
 def load(name: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> FrozenLM:

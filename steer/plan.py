@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from steer.errors import SteerError, UnknownUser
-from steer.inject import Edit, MemoryEdit, PrefixEdit, SiteEdit, StreamEdit
+from steer.inject import Condition, Edit, MemoryEdit, PrefixEdit, SiteEdit, StreamEdit
 from steer.inject.residual import in_turn
 from steer.method import METHODS, method_of
 from steer.sites import Site
@@ -60,6 +60,9 @@ class Plan:
                 _check(f"{what} for {edit.site}", values, batch, lm.width_at(edit.site))
             if not isinstance(edit.positions, str) and len(edit.positions) != batch:
                 raise SteerError(f"positions for {edit.site}: {len(edit.positions)} rows for a batch of {batch}")
+            if edit.condition is not None:
+                site = edit.condition.site
+                _check(f"conditions at {site}", edit.condition.directions, batch, lm.width_at(site))
         for prefix in prefixes:
             _check("prefixes", prefix.embeddings, batch, lm.width_at(Site("embed")))
         for attend in memory:
@@ -85,9 +88,15 @@ class Plan:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     @property
+    def conditions(self) -> list[Condition]:
+        """The conditions of residual edits, each once."""
+        return list(dict.fromkeys(edit.condition for edit in self.residual if edit.condition is not None))
+
+    @property
     def sites(self) -> set[Site]:
         """Where operators will work."""
         sites = {edit.site for edit in self.residual} | {edit.site for edit in self.memory}
+        sites |= {condition.site.canonical() for condition in self.conditions}
         return sites if self.prefix is None else sites | {Site("embed")}
 
 

@@ -1,15 +1,25 @@
-"""Reading: hidden states of many texts at chosen sites, pooled per text."""
+"""Reading: hidden states of any number of texts at chosen sites, pooled per text.
+
+A text costs one pass through the layers up to the last site, without the head. Texts of like length share a batch.
+What many of them begin with, a system prompt or a prompt that several responses answer, is run once: the keys and
+values of such a stem serve all texts that grow from it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from safetensors.torch import load, save
+from transformers import DynamicCache
 
-from steer.encoders import last_token, mean_over_response, token_norms
+from steer.cache import Cache, key_of, model_key
+from steer.encoders import last_token, mean_over_response, median_norm
 from steer.errors import SteerError
 from steer.history import Record
 from steer.sites import Site
@@ -21,7 +31,13 @@ if TYPE_CHECKING:
     from steer.model import FrozenLM
 
 Pool = Literal["last", "mean"]
-_POOLS: dict[Pool, Callable[..., Tensor]] = {"last": last_token, "mean": mean_over_response}
+# Of the hidden states `[text, pos, d]`, and where each text's span starts and ends, `[text]`.
+PoolFunction = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
+_POOLS: dict[Pool, PoolFunction] = {"last": last_token, "mean": mean_over_response}
+
+# A pass over what texts share pays from about this many tokens on (SmolLM2 135M on a CPU; a GPU counts passes more).
+_SHORTEST_STEM = 8
+_WINDOW = 2048
 
 
 @dataclass(frozen=True)
@@ -39,16 +55,36 @@ class Reading:
 
     Attributes:
         pooled: one vector per text, in the order of the texts, float32, on the CPU.
-        norm: median residual norm over the tokens of all spans, the first token of each text excluded.
+        norms: each text's median residual norm over the tokens of its span, the first token of the text excluded.
     """
 
     pooled: Float[Tensor, "text d"]
-    norm: float
+    norms: Float[Tensor, " text"]
 
     @property
     def mean(self) -> Float[Tensor, " d"]:
         """Over the texts."""
         return self.pooled.mean(0)
+
+    @property
+    def norm(self) -> float:
+        """The mean of the texts' median norms: the usual norm of the residual stream, and additive over texts."""
+        return self.norms.double().mean().item()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some of the texts, as they were read.
+
+    Attributes:
+        indices: which ones, counted from the first text.
+        pooled: one vector per text and site, float32, on the CPU.
+        norms: the median norms, as in `Reading`.
+    """
+
+    indices: Sequence[int]
+    pooled: Mapping[Site, Float[Tensor, "text d"]]
+    norms: Mapping[Site, Float[Tensor, " text"]]
 
 
 def response_span(lm: FrozenLM, response: str, prompt: str | None = None, *, max_tokens: int = 1024) -> Span:
@@ -83,56 +119,129 @@ def record_span(lm: FrozenLM, record: Record, **kwargs: Any) -> Span:
         raise SteerError(f"record {record.id!r} of {record.user_id!r}: {error}") from None
 
 
-@torch.no_grad()
 def read(
     lm: FrozenLM,
-    spans: Sequence[Span],
+    spans: Iterable[Span],
     sites: Iterable[Site | str],
     *,
-    pool: Pool = "last",
+    pool: Pool | PoolFunction = "last",
     batch_tokens: int = 4096,
     on_progress: Callable[[int], None] | None = None,
+    cache: Cache | None = None,
 ) -> dict[Site, Reading]:
     """Runs the frozen model over texts and pools what it has at the sites.
 
-    The model runs without its head and stops after the last site. Texts of like length share a batch of at most
-    `batch_tokens` tokens with padding.
+    Keeps one vector per text and site; `read_batches` keeps none.
 
     Args:
         lm: the model; it must not be steered meanwhile.
         spans: the texts.
         sites: where to read; the keys of the result are their canonical names.
-        pool: "last" token of the span, or "mean" over it.
-        batch_tokens: size of a batch.
+        pool: "last" token of the span, "mean" over it, or a function like those in `steer.encoders`. Such a function
+            must not look at what stands before a span, as that may be missing.
+        batch_tokens: size of a batch, with padding.
         on_progress: told the number of texts done after each batch.
+        cache: texts that were read before are taken from here, and new ones go here. It needs a pool with a name.
 
     Raises:
-        SteerError: no texts, no such site, or an unknown pool.
+        SteerError: no texts, no such site, an unknown pool, or a span without a token besides its text's first.
     """
-    wanted = [Site.parse(site).canonical() for site in sites]
-    if not spans or not wanted:
+    batches, done = [], 0
+    for batch in read_batches(lm, spans, sites, pool=pool, batch_tokens=batch_tokens, cache=cache):
+        batches.append(batch)
+        done += len(batch.indices)
+        if on_progress is not None:
+            on_progress(done)
+    if not batches:
         raise SteerError("there is nothing to read: give at least one text and one site")
-    if pool not in _POOLS:
+    order = torch.tensor([i for batch in batches for i in batch.indices]).argsort()
+    return {
+        site: Reading(
+            torch.cat([batch.pooled[site] for batch in batches])[order],
+            torch.cat([batch.norms[site] for batch in batches])[order],
+        )
+        for site in batches[0].pooled
+    }
+
+
+def read_batches(
+    lm: FrozenLM,
+    spans: Iterable[Span],
+    sites: Iterable[Site | str],
+    *,
+    pool: Pool | PoolFunction = "last",
+    batch_tokens: int = 4096,
+    window: int = _WINDOW,
+    cache: Cache | None = None,
+) -> Iterator[Batch]:
+    """Reads like `read`, batch by batch, and remembers nothing: memory does not grow with the number of texts.
+
+    Texts are taken `window` at a time, and sorted by length within the window. Between two batches the model is free.
+    """
+    wanted = list(dict.fromkeys(Site.parse(site).canonical() for site in sites))
+    if not wanted:
+        raise SteerError("there is nothing to read: give at least one text and one site")
+    if not callable(pool) and pool not in _POOLS:
         raise SteerError(f"pool={pool!r} is not one of {', '.join(get_args(Pool))}")
+    if cache is not None and callable(pool):
+        raise SteerError("a cache cannot tell one pooling function from another; give pool by name")
     lm.attachment.declare(wanted)
-    recorder = _Recorder(wanted)
-    pooled = {site: torch.empty(len(spans), lm.width_at(site)) for site in wanted}
-    norms: dict[Site, list[Tensor]] = {site: [] for site in wanted}
-    lm.attachment.bind(recorder)
-    try:
-        lm.attachment.install({site: (recorder.at(site),) for site in wanted})
-        done = 0
-        for batch in _batches(spans, batch_tokens):
-            starts, ends = _run(lm, [spans[i] for i in batch])
-            for site, hidden in recorder.take().items():
-                pooled[site][batch] = _POOLS[pool](hidden, starts.to(hidden.device), ends.to(hidden.device)).cpu()
-                norms[site].append(token_norms(hidden, starts.to(hidden.device), ends.to(hidden.device)).cpu())
-            done += len(batch)
-            if on_progress is not None:
-                on_progress(done)
-    finally:
-        lm.attachment.unbind()
-    return {site: Reading(pooled[site], float(torch.cat(norms[site]).median())) for site in wanted}
+    reader = _Reader(lm, wanted, _POOLS[pool] if not callable(pool) else pool, batch_tokens)
+    kept = None if cache is None else _Kept(cache, lm, wanted, str(pool))
+    return _stream(reader, kept, iter(spans), window)
+
+
+def _stream(reader: _Reader, kept: _Kept | None, spans: Iterator[Span], size: int) -> Iterator[Batch]:
+    first = 0
+    while window := list(islice(spans, size)):
+        for span in window:
+            if not max(span.start, 1) < span.end <= len(span.ids):
+                raise SteerError(f"[{span.start}, {span.end}) of {len(span.ids)} tokens holds none besides the first")
+        missing = list(range(len(window)))
+        if kept is not None:
+            found = kept.find(window)
+            missing = [i for i in missing if i not in found]
+            if found:
+                yield kept.batch([first + i for i in found], list(found.values()))
+        for batch in reader.read([window[i] for i in missing]):
+            indices = [missing[i] for i in batch.indices]
+            if kept is not None:
+                kept.keep([window[i] for i in indices], batch)
+            yield Batch([first + i for i in indices], batch.pooled, batch.norms)
+        first += len(window)
+
+
+class _Kept:
+    """Readings in a cache, an entry per text."""
+
+    def __init__(self, cache: Cache, lm: FrozenLM, sites: Sequence[Site], pool: str) -> None:
+        self._cache, self._sites = cache, sites
+        self._model = key_of("reading", 1, model_key(lm), [str(site) for site in sites], pool)
+
+    def find(self, spans: Sequence[Span]) -> dict[int, dict[str, Tensor]]:
+        """What is known, by index."""
+        keys = [self._key(span) for span in spans]
+        known = self._cache.get(keys)
+        return {i: load(known[key]) for i, key in enumerate(keys) if key in known}
+
+    def batch(self, indices: Sequence[int], texts: Sequence[Mapping[str, Tensor]]) -> Batch:
+        """Puts texts that are known together."""
+        return Batch(
+            indices,
+            {site: torch.stack([text[str(site)] for text in texts]) for site in self._sites},
+            {site: torch.stack([text[f"{site}.norm"] for text in texts]) for site in self._sites},
+        )
+
+    def keep(self, spans: Sequence[Span], batch: Batch) -> None:
+        """Adds a batch, all of it or, if the process is killed meanwhile, none."""
+        values = {}
+        for row, span in enumerate(spans):
+            norms = {f"{site}.norm": batch.norms[site][row] for site in self._sites}
+            values[self._key(span)] = save({str(site): batch.pooled[site][row] for site in self._sites} | norms)
+        self._cache.put(values)
+
+    def _key(self, span: Span) -> str:
+        return key_of(self._model, list(span.ids[: span.end]), span.start)
 
 
 class _Enough(Exception):
@@ -169,20 +278,153 @@ class _Recorder:
         return kept
 
 
-def _run(lm: FrozenLM, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
-    """One forward pass, padded on the right; returns where the spans begin and end."""
-    length = max(len(span.ids) for span in spans)
-    ids = torch.tensor([[*span.ids, *[lm.pad_token_id] * (length - len(span.ids))] for span in spans])
-    mask = torch.tensor([[1] * len(span.ids) + [0] * (length - len(span.ids)) for span in spans])
-    with suppress(_Enough):
-        lm.attachment.decoder(input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
-    return torch.tensor([span.start for span in spans]), torch.tensor([span.end for span in spans])
+@dataclass
+class _Past:
+    """Keys and values of some rows' tokens, in the layers up to the last site, and which tokens are no padding."""
+
+    cache: DynamicCache
+    mask: Int[Tensor, "row pos"]
+
+    def of(self, owners: Sequence[int]) -> _Past:
+        """A copy for further rows, each of which continues one of these."""
+        chosen = torch.tensor(owners, device=self.mask.device)
+        # Without the model's configuration a cache keeps every token, also those that a sliding window has passed:
+        # the window is then the mask's business alone, and layers above the last site need no mention.
+        cache = DynamicCache()
+        for i, layer in enumerate(self.cache.layers):
+            keys, values = layer.keys, layer.values
+            assert keys is not None and values is not None
+            cache.update(keys[chosen.to(keys.device)], values[chosen.to(values.device)], i)
+        return _Past(cache, self.mask[chosen])
 
 
-def _batches(spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of texts, the longest first, so that a batch that is too large fails at once."""
-    order = sorted(range(len(spans)), key=lambda i: -len(spans[i].ids))
+@dataclass(frozen=True)
+class _Tree:
+    """Texts that begin with `root`, and each of them then with one of the stems; either may be empty.
+
+    `texts` says which stem a text grows from, by the indices of both.
+    """
+
+    root: tuple[int, ...]
+    stems: Sequence[tuple[int, ...]]
+    texts: Mapping[int, int]
+
+    def shared(self, text: int) -> int:
+        """How many of a text's tokens are in root and stem."""
+        return len(self.root) + len(self.stems[self.texts[text]])
+
+
+class _Reader:
+    """Runs texts through the model."""
+
+    def __init__(self, lm: FrozenLM, sites: Sequence[Site], pool: PoolFunction, batch_tokens: int) -> None:
+        self._lm, self._sites, self._pool, self._batch_tokens = lm, sites, pool, batch_tokens
+        self._recorder = _Recorder(sites)
+
+    def read(self, spans: Sequence[Span]) -> Iterator[Batch]:
+        """Reads all of them, in an order of its own."""
+        for tree in _trees(spans, self._batch_tokens, self._lm.sliding_window):
+            past = self._grow(tree)
+            shared = {i: tree.shared(i) if past is not None else 0 for i in tree.texts}
+            width = 0 if past is None else past.mask.shape[1]
+            for texts in _batches({i: spans[i].end - shared[i] for i in tree.texts}, width, self._batch_tokens):
+                rows = [spans[i].ids[shared[i] : spans[i].end] for i in texts]
+                self._run(rows, None if past is None else past.of([tree.texts[i] for i in texts]))
+                starts, ends = (
+                    torch.tensor([getattr(spans[i], edge) - shared[i] for i in texts]) for edge in ("start", "end")
+                )
+                hidden = self._recorder.take()
+                yield Batch(
+                    texts,
+                    {s: self._pool(h, starts.to(h.device), ends.to(h.device)).cpu() for s, h in hidden.items()},
+                    {s: median_norm(h, starts.to(h.device), ends.to(h.device)).cpu() for s, h in hidden.items()},
+                )
+
+    def _grow(self, tree: _Tree) -> _Past | None:
+        """Runs root and stems; None if there are none, or if the layers up to the last site keep nothing of them."""
+        past = _Past(DynamicCache(), torch.ones(1, 0, dtype=torch.long, device=self._lm.device))
+        if tree.root:
+            self._run([tree.root], past)
+        if any(tree.stems):
+            past = past.of([0] * len(tree.stems))
+            self._run(tree.stems, past, align="right")
+        return past if past.cache.get_seq_length() == past.mask.shape[1] > 0 else None
+
+    @torch.no_grad()
+    def _run(self, rows: Sequence[Sequence[int]], past: _Past | None, *, align: str = "left") -> None:
+        """One forward pass up to the last site; what is past grows by these tokens."""
+        attachment = self._lm.attachment
+        ids = _padded(rows, self._lm.pad_token_id, align).to(self._lm.device)
+        mask = _padded([[1] * len(row) for row in rows], 0, align).to(self._lm.device)
+        arguments: dict[str, Any] = {"input_ids": ids, "use_cache": past is not None}
+        if past is not None:
+            past.mask = mask = torch.cat([past.mask, mask], dim=1)
+            arguments["past_key_values"] = past.cache
+        if attachment.architecture.takes_position_ids:
+            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        attachment.bind(self._recorder)
+        try:
+            attachment.install({site: (self._recorder.at(site),) for site in self._sites})
+            with suppress(_Enough):
+                attachment.decoder(attention_mask=mask, **arguments)
+        finally:
+            attachment.unbind()
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int, align: str) -> Int[Tensor, "row pos"]:
+    width = max(len(row) for row in rows)
+    fills = [[fill] * (width - len(row)) for row in rows]
+    parts = zip(rows, fills, strict=True) if align == "left" else zip(fills, rows, strict=True)
+    return torch.tensor([[*first, *second] for first, second in parts])
+
+
+def _trees(spans: Sequence[Span], batch_tokens: int, sliding_window: int | None) -> Iterator[_Tree]:
+    """Finds what texts share: all prompts their beginning, and some texts the whole prompt."""
+    # A prompt's last token stays with the response, so that no span starts at the first token of what is run.
+    prompts = [tuple(span.ids[: max(span.start - 1, 0)]) for span in spans]
+    root = _common_beginning([prompt for prompt in prompts if prompt])
+    by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        by_prompt[prompt].append(i)
+    bare: list[int] = []
+    rooted: list[int] = []
+    shared: list[tuple[tuple[int, ...], list[int]]] = []
+    for prompt, texts in by_prompt.items():
+        if len(texts) > 1 and len(prompt) - len(root) >= _SHORTEST_STEM:
+            shared.append((prompt[len(root) :], texts))
+        else:
+            (rooted if prompt and root else bare).extend(texts)
+    for beginning, texts in (((), bare), (root, rooted)):
+        if texts:
+            yield _Tree(beginning, [()], dict.fromkeys(texts, 0))
+    shared.sort(key=lambda group: -max(spans[i].end for i in group[1]))
+    while shared:
+        longest = len(root) + max(len(stem) for stem, _ in shared)
+        size = max(batch_tokens // longest, 1)
+        chosen, shared = shared[:size], shared[size:]
+        stems = [stem for stem, _ in chosen]
+        texts_of = {i: row for row, (_, texts) in enumerate(chosen) for i in texts}
+        # Shorter stems are padded between root and stem, and a sliding window would count the padding.
+        widest = longest + max(spans[i].end - len(root) - len(stems[row]) for i, row in texts_of.items())
+        if sliding_window is not None and widest > sliding_window:
+            yield _Tree((), [root + stem for stem in stems], texts_of)
+        else:
+            yield _Tree(root, stems, texts_of)
+
+
+def _common_beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What all of them begin with, unless it is too short to be of use."""
+    if len(prompts) < 2:
+        return ()
+    first, last = min(prompts), max(prompts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length] if length >= _SHORTEST_STEM else ()
+
+
+def _batches(lengths: Mapping[int, int], past: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Texts of like length together, the longest first, so that a batch that is too large fails at once."""
+    order = sorted(lengths, key=lambda i: -lengths[i])
     while order:
-        size = max(batch_tokens // len(spans[order[0]].ids), 1)
+        size = max(batch_tokens // (past + lengths[order[0]]), 1)
         yield order[:size]
         order = order[size:]

@@ -10,6 +10,7 @@ from steer.errors import SteerError
 PER_BLOCK = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 WHOLE_MODEL = ("embed", "ln_final")
 
+_WITHIN_BLOCK = ("resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
 _LENS_NAMES = {
     "resid_pre": "blocks.{}.hook_resid_pre",
     "resid_mid": "blocks.{}.hook_resid_mid",
@@ -17,8 +18,8 @@ _LENS_NAMES = {
     "attn_out": "blocks.{}.hook_attn_out",
     "mlp_out": "blocks.{}.hook_mlp_out",
     "z": "blocks.{}.attn.hook_z",
-    "embed": "hook_embed",
-    "ln_final": "ln_final.hook_normalized",
+    "embed": "embed.hook_out",
+    "ln_final": "ln_final.hook_out",
 }
 
 
@@ -60,8 +61,15 @@ class Site:
         return self
 
     @property
+    def depth(self) -> tuple[float, int]:
+        """Sorts sites by when a forward pass comes to them."""
+        if self.layer is None:
+            return (-1, 0) if self.name == "embed" else (float("inf"), 0)
+        return self.layer, _WITHIN_BLOCK.index(self.name)
+
+    @property
     def lens_name(self) -> str:
-        """The hook name of TransformerLens."""
+        """The hook name of TransformerLens 4. Of the names that it has, those of the tensors that are meant here."""
         return _LENS_NAMES[self.name].format(self.layer)
 
     def __str__(self) -> str:

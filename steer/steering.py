@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from steer.errors import SteerError
+from steer.inject.condition import ConditionedGate, Decide, Decision
 from steer.inject.memory import AttendToMemory
 from steer.inject.positions import Gate, MarkedGate, NamedGate, Positions
 from steer.inject.prefix import OverwriteEmbeddings
@@ -36,6 +37,8 @@ class Operators:
     def __init__(self, prefix_start: int) -> None:
         self.gates: dict[str, NamedGate] = {}
         self.marked: dict[int, MarkedGate] = {}
+        self.deciding: dict[tuple[Site, int], Decide] = {}
+        self.conditioned: dict[tuple[Gate, Decide], ConditionedGate] = {}
         self.editing: dict[tuple[object, ...], EditStates] = {}
         self.attending: dict[tuple[Site, int], AttendToMemory] = {}
         self.overwriting = OverwriteEmbeddings(prefix_start)
@@ -45,6 +48,8 @@ class Operators:
         self.overwriting.clear()
         for gate in self.marked.values():
             gate.clear()
+        for deciding in self.deciding.values():
+            deciding.clear()
         for editing in self.editing.values():
             editing.clear()
         for attending in self.attending.values():
@@ -65,6 +70,7 @@ class Steering:
         self._prepared: tuple[Tensor, Tensor] | None = None
         self._ran = False
         self._rows: Rows | None = None
+        self._decided: tuple[Decision, ...] | None = None
         self._owners = torch.arange(plan.batch, device=lm.device)
         # Autograd keeps what a step computed until its backward pass, so training does not reuse buffers.
         self._pool = Operators(lm.operators.overwriting.start) if plan.trains else lm.operators
@@ -90,7 +96,8 @@ class Steering:
         attachment.declare(self.plan.sites)
         attachment.bind(self)
         try:
-            attachment.install(self._assemble())
+            self._working = self._assemble()
+            attachment.install(self._working)
             self._load(self._plain_rows())
         except BaseException:
             self._pool.clear()
@@ -103,7 +110,10 @@ class Steering:
         Raises:
             SteerError: forward passes were made, and a part of the plan never took part in one.
         """
-        self._pool.clear()
+        self._decided = self.decisions
+        # What a step of training has bound is needed in its backward pass, and goes with it.
+        if self._pool is self.lm.operators:
+            self._pool.clear()
         self.lm.attachment.unbind()
         if check and self._ran:
             self._report_idle()
@@ -115,16 +125,33 @@ class Steering:
                 stacklevel=4,
             )
 
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What the plan's conditions decided about the latest prompts, also after the block; empty without conditions.
+
+        In the order of `plan.conditions`; `similarities` and `acts` of a decision hold one value for each row.
+        """
+        if self._decided is not None:
+            return self._decided
+        return tuple(op.decision(condition) for op, condition in zip(self._deciding, self.plan.conditions, strict=True))
+
     def _assemble(self) -> dict[Site, tuple[Operator, ...]]:
         pool, plan = self._pool, self.plan
         self._gates: dict[str | int, Gate] = {}
         self._editing: dict[tuple[object, ...], tuple[EditStates, list[SiteEdit]]] = {}
         self._attending: list[AttendToMemory] = []
-        working: dict[Site, list[EditStates | AttendToMemory | OverwriteEmbeddings]] = {site: [] for site in plan.sites}
+        self._deciding: list[Decide] = []
+        working: dict[Site, list[EditStates | AttendToMemory | OverwriteEmbeddings | Decide]]
+        working = {site: [] for site in plan.sites}
         if plan.prefix is not None:
             working[Site("embed")].append(pool.overwriting)
+        for i, condition in enumerate(plan.conditions):
+            site = condition.site.canonical()
+            self._deciding.append(pool.deciding.setdefault((site, i), Decide()))
+            self._deciding[i].reset(plan.batch, self.lm.device_at(site))
+            working[site].append(self._deciding[i])
         for edit in plan.residual:
-            kind, gate = operator_of(edit), self._gate(edit.positions)
+            kind, gate = operator_of(edit), self._gate(edit)
             # What is added is summed; of the other kinds each edit has its own place.
             place = 0 if issubclass(kind, AddVectors) else len(self._editing)
             key = (edit.site, kind, gate, place)
@@ -139,8 +166,15 @@ class Steering:
             bound.fired = False
         return {site: tuple(operators) for site, operators in working.items()}
 
-    def _gate(self, positions: Positions | Tensor) -> Gate:
-        """The gate of an edit; edits that share their marks share it."""
+    def _gate(self, edit: SiteEdit) -> Gate | ConditionedGate:
+        gate = self._gate_of(edit.positions)
+        if edit.condition is None:
+            return gate
+        decide = self._deciding[self.plan.conditions.index(edit.condition)]
+        return self._pool.conditioned.setdefault((gate, decide), ConditionedGate(gate, decide))
+
+    def _gate_of(self, positions: Positions | Tensor) -> Gate:
+        """Edits that share their marks share the gate."""
         if isinstance(positions, str):
             named = self._pool.gates.setdefault(positions, NamedGate(positions))
             return self._gates.setdefault(positions, named)
@@ -159,6 +193,8 @@ class Steering:
         self._unplaced = self._has_prefix and rows.prompt_lengths is None
         for gate in self._gates.values():
             gate.load(rows)
+        for deciding, condition in zip(self._deciding, plan.conditions, strict=True):
+            deciding.load(condition, rows, self.lm.device_at(condition.site))
         if loaded is not None and loaded.owners is rows.owners:
             return
         with torch.set_grad_enabled(plan.trains):
@@ -179,6 +215,8 @@ class Steering:
 
     def _report_idle(self) -> None:
         idle = [f"the {op.what} at {edits[0].site}" for op, edits in self._editing.values() if not op.fired]
+        conditions = zip(self._deciding, self.plan.conditions, strict=True)
+        idle += [f"the condition at {condition.site}" for op, condition in conditions if not op.fired]
         idle += ["the memory" for operator in self._attending if not operator.fired]
         if self.plan.prefix is not None and not self._pool.overwriting.fired:
             idle.append("the prefix")
@@ -189,6 +227,34 @@ class Steering:
                 f"{idle[0]} never took part in a forward pass, so nothing was steered by it. Was the model compiled "
                 "before it was wrapped, called with inputs_embeds, or generated without steering.generate_kwargs()?"
             )
+
+    def hand_over(self) -> dict[Site, Operator]:
+        """Takes the operators out of steer's own hooks, for code that runs them at their sites itself.
+
+        Returns:
+            For each site one function, from the tensor `[row, pos, d]` there to its replacement. Positions still come
+            from the forward pass of the model, so the model must be the one that is steered.
+
+        Raises:
+            SteerError: the plan contrasts streams, which are a way of decoding and not an edit at a site.
+        """
+        if not self._contrasts_nothing:
+            raise SteerError("contrasted streams need steer's own generation; hand over a plan without a StreamEdit")
+        self.lm.attachment.install(dict.fromkeys(self._working, ()))
+        return {site: self._in_turn(site, operators) for site, operators in self._working.items()}
+
+    def _in_turn(self, site: Site, operators: tuple[Operator, ...]) -> Operator:
+        def run(hidden: Tensor) -> Tensor:
+            if self._rows is None or hidden.shape[0] != len(self._rows):
+                raise SteerError(
+                    f"{site}: {hidden.shape[0]} rows came by, and {self.plan.batch} are bound; hand the whole batch to "
+                    "the operators, in one piece"
+                )
+            for operator in operators:
+                hidden = operator(hidden)
+            return hidden
+
+        return run
 
     # One forward pass; called by the hooks.
 
@@ -204,6 +270,8 @@ class Steering:
             )
         for gate in self._gates.values():
             gate.begin(positions, self.lm.dtype)
+        for deciding in self._deciding:
+            deciding.begin(positions)
         if self._unplaced:
             raise SteerError(
                 "a prefix is written over placeholders in the prompt: make the batch with steering.prepare(prompts), "
@@ -218,6 +286,8 @@ class Steering:
         """Forgets what belonged to this forward pass only."""
         for gate in self._gates.values():
             gate.end()
+        for deciding in self._deciding:
+            deciding.end()
         self._pool.overwriting.end()
 
     # Generation.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from models import ARCHITECTURES, tiny, tokenizer
 
 import steer
+from steer.cache import Cache
 
 # The models are so small that more threads only get in each other's way.
 torch.set_num_threads(1)
@@ -55,3 +57,11 @@ def histories() -> list[steer.History]:
         )
         for user, own in answers.items()
     ]
+
+
+@pytest.fixture(autouse=True)
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """Where models' own answers are kept meanwhile: no test finds those of another, or leaves any behind."""
+    cache = Cache(tmp_path / "answers.sqlite")
+    monkeypatch.setattr("steer.neutral.answers_cache", lambda: cache)
+    return cache

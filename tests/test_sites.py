@@ -15,8 +15,8 @@ from steer.sites import PER_BLOCK, WHOLE_MODEL, Site
 
 # TransformerLens' own names.
 LENS = {
-    "embed": "hook_embed",
-    "ln_final": "ln_final.hook_normalized",
+    "embed": "embed.hook_out",
+    "ln_final": "ln_final.hook_out",
     "resid_pre[3]": "blocks.3.hook_resid_pre",
     "resid_mid[3]": "blocks.3.hook_resid_mid",
     "resid_post[3]": "blocks.3.hook_resid_post",

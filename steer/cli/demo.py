@@ -99,10 +99,11 @@ def _show_timing(lm: FrozenLM, bank: Bank, users: list[str], prompt: str, tokens
 def _draw(path: Path, lm: FrozenLM, bank: Bank, method: StyleVector, held_out: list[History]) -> None:
     import torch
 
+    from steer import Site
     from steer.read import read, record_span
     from steer.view import style_figure
 
-    users, site = [history.user_id for history in held_out], method.sites[0]
+    users, site = [history.user_id for history in held_out], Site("resid_post", LAYER)
     spans = [record_span(lm, record) for history in held_out for record in history]
     writers = torch.tensor([i for i, history in enumerate(held_out) for _ in history])
     vectors = torch.stack([state.tensors[str(site)] for state in bank.get_many(users, "style") if state is not None])

@@ -1,5 +1,6 @@
 """The four ways into the model: residual stream, prefix, memory, and contrasted streams."""
 
+from steer.inject.condition import Condition, Decision
 from steer.inject.memory import GatedCrossAttention, MemoryEdit
 from steer.inject.prefix import PrefixEdit
 from steer.inject.residual import LowRankEdit, ProjectionEdit, ResidualEdit, SiteEdit
@@ -8,6 +9,8 @@ from steer.inject.streams import StreamEdit
 Edit = SiteEdit | PrefixEdit | MemoryEdit | StreamEdit
 
 __all__ = [
+    "Condition",
+    "Decision",
     "Edit",
     "GatedCrossAttention",
     "LowRankEdit",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 import torch
 
 from steer.errors import SteerError
+from steer.inject.condition import Condition, ConditionedGate
 from steer.inject.positions import Gate, Positions
 from steer.inject.rows import Rows, erase, refill
 from steer.kernels import add_rows, add_rows_keeping_norm, low_rank_rows, project_rows
@@ -28,6 +29,7 @@ class SiteEdit(ABC):
     site: Site
     # Names, or marks for the first n real tokens of each row; what lies beyond is not edited.
     positions: Positions | Bool[Tensor, "batch n"]
+    condition: Condition | None
 
     def __post_init__(self) -> None:
         if isinstance(self.positions, str):
@@ -37,6 +39,18 @@ class SiteEdit(ABC):
             raise SteerError(
                 "positions that are marked one by one need a bool tensor [batch, n], n ≥ 1; this one is "
                 f"{self.positions.dtype} {list(self.positions.shape)}"
+            )
+        if self.condition is None:
+            return
+        if not isinstance(self.positions, str) or self.positions not in ("response", "generated"):
+            raise SteerError(
+                "a condition is decided at the end of the prompt, so its edit acts on the 'response' or 'generated' "
+                "positions, not within the prompt"
+            )
+        if self.condition.site.canonical().depth > self.site.canonical().depth:
+            raise SteerError(
+                f"a condition at {self.condition.site} is decided after the forward pass has left {self.site}, where "
+                "its edit is; read it at an earlier site"
             )
 
     @property
@@ -81,6 +95,7 @@ class ResidualEdit(SiteEdit):
             `prompt` the prompt only. A bool tensor `[batch, n]` marks them among the row's first n real tokens.
         reference_norms: the median residual norm at the site, per row: the unit of a dose. None if not known.
         keep_norm: gives each state the norm that it had before, `(h + v) · ‖h‖ / ‖h + v‖` (ICV, Liu et al. 2023).
+        condition: in which rows, by their prompts, the edit acts; in all if None.
     """
 
     site: Site
@@ -88,6 +103,7 @@ class ResidualEdit(SiteEdit):
     positions: Positions | Bool[Tensor, "batch n"] = "response"
     reference_norms: Float[Tensor, " batch"] | None = None
     keep_norm: bool = False
+    condition: Condition | None = None
 
     @property
     def states(self) -> Mapping[str, Float[Tensor, "batch d"]]:
@@ -124,6 +140,7 @@ class ProjectionEdit(SiteEdit):
         positions: as for `ResidualEdit`.
         limit: "exact" clamps every projection to t; "at_least" only those below it, "at_most" only those above.
         strengths: s, per row; 1 if None.
+        condition: as for `ResidualEdit`.
     """
 
     site: Site
@@ -132,6 +149,7 @@ class ProjectionEdit(SiteEdit):
     positions: Positions | Bool[Tensor, "batch n"] = "response"
     limit: Limit = "exact"
     strengths: Float[Tensor, " batch"] | None = None
+    condition: Condition | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,6 +180,7 @@ class LowRankEdit(SiteEdit):
         bias: b, per row.
         positions: as for `ResidualEdit`.
         strengths: s, per row; 1 if None.
+        condition: as for `ResidualEdit`.
     """
 
     site: Site
@@ -170,6 +189,7 @@ class LowRankEdit(SiteEdit):
     bias: Float[Tensor, "batch rank"]
     positions: Positions | Bool[Tensor, "batch n"] = "response"
     strengths: Float[Tensor, " batch"] | None = None
+    condition: Condition | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,7 +222,7 @@ class EditStates(ABC):
     # Names of the attributes that hold users' tensors.
     held: ClassVar[Sequence[str]]
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate | ConditionedGate) -> None:
         self.gate = gate
         self.amounts: Float[Tensor, "row 1 1"] | None = None
         self.fired = False
@@ -236,7 +256,7 @@ class AddVectors(EditStates):
     what = "vectors"
     held: ClassVar[Sequence[str]] = ("vectors",)
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate | ConditionedGate) -> None:
         super().__init__(gate)
         self.vectors: Float[Tensor, "row 1 d"] | None = None
 
@@ -272,7 +292,7 @@ class ClampProjections(EditStates):
     what = "directions"
     held = ("directions", "lowest", "highest", "amounts")
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate | ConditionedGate) -> None:
         super().__init__(gate)
         self.directions: Float[Tensor, "row 1 d"] | None = None
         self.lowest: Float[Tensor, "row 1 1"] | None = None
@@ -301,7 +321,7 @@ class MapLowRank(EditStates):
     what = "low-rank maps"
     held = ("down", "bias", "up", "amounts")
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate | ConditionedGate) -> None:
         super().__init__(gate)
         self.down: Float[Tensor, "row rank d"] | None = None
         self.bias: Float[Tensor, "row 1 rank"] | None = None

@@ -1,8 +1,12 @@
 """Published methods, one file each."""
 
+from steer.methods.caa import CAA
 from steer.methods.cos import CoS
+from steer.methods.perfit import PerFit
 from steer.methods.prefix_tuning import PrefixTuning
+from steer.methods.repe import RepEPCA
 from steer.methods.style_vector import StyleVector
+from steer.methods.trained_vector import TrainedVector
 from steer.methods.user_llm import UserLLM
 
-__all__ = ["CoS", "PrefixTuning", "StyleVector", "UserLLM"]
+__all__ = ["CAA", "CoS", "PerFit", "PrefixTuning", "RepEPCA", "StyleVector", "TrainedVector", "UserLLM"]

@@ -17,11 +17,11 @@ import torch
 from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Edit, PrefixEdit
-from steer.likelihood import batches_of, negative_log_likelihood
 from steer.method import Method
 from steer.read import record_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
+from steer.train import train_users
 
 if TYPE_CHECKING:
     from steer.model import FrozenLM
@@ -58,32 +58,15 @@ class PrefixTuning(Method):
         Raises:
             SteerError: the history is empty.
         """
-        if not len(history):
-            raise SteerError(f"{history.user_id!r} has no records to train a prefix on")
-        generator = torch.Generator().manual_seed(self.seed)
-        spans = [record_span(lm, record) for record in history]
-        prefix = _random_tokens(lm, self.length, generator).requires_grad_(True)
-        scale = prefix.detach().square().mean().sqrt().item()
-        optimizer = torch.optim.Adam([prefix], lr=self.learning_rate * scale)
-        for step, chosen in enumerate(batches_of(spans, self.batch, self.steps, generator)):
-            edit = PrefixEdit.from_rows([prefix] * len(chosen), lm.width)
-            loss = negative_log_likelihood(lm, chosen, [edit])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if on_step is not None:
-                on_step(step, loss.item())
-        return UserState(
-            provenance=Provenance(
-                method=self.name,
-                version=self.version,
-                model=lm.fingerprint,
-                sites=(str(Site("embed")),),
-                records=tuple(record.id for record in history),
-                settings={"length": self.length, "steps": self.steps, "learning_rate": self.learning_rate},
-            ),
-            tensors={"prefix": prefix.detach()},
-        )
+        return self._fit(lm, [history], on_step)[0]
+
+    def fit_many(
+        self, lm: FrozenLM, histories: Sequence[History], on_progress: Callable[[float], None] | None = None
+    ) -> list[UserState]:
+        """Trains many users' prefixes at once; each is what `fit` gives, to rounding."""
+        if on_progress is None:
+            return self._fit(lm, histories, None)
+        return self._fit(lm, histories, lambda step, loss: on_progress((step + 1) / self.steps))
 
     @classmethod
     def bind(
@@ -92,6 +75,39 @@ class PrefixTuning(Method):
         """One prefix edit."""
         prefixes = [None if state is None else state.tensors["prefix"].float() for state in states]
         return [PrefixEdit.from_rows(prefixes, like.tensors["prefix"].shape[-1])]
+
+    def _fit(
+        self, lm: FrozenLM, histories: Sequence[History], on_step: Callable[[int, float], None] | None
+    ) -> list[UserState]:
+        if empty := [history for history in histories if not len(history)]:
+            raise SteerError(f"{empty[0].user_id!r} has no records to train a prefix on")
+        first = _random_tokens(lm, self.length, torch.Generator().manual_seed(self.seed))
+        prefixes = first.repeat(len(histories), 1, 1).requires_grad_(True)
+        train_users(
+            lm,
+            [[record_span(lm, record) for record in history] for history in histories],
+            [prefixes],
+            lambda users: [PrefixEdit.from_rows([*prefixes[users]], lm.width)],
+            steps=self.steps,
+            batch=self.batch,
+            learning_rate=self.learning_rate * first.square().mean().sqrt().item(),
+            seed=self.seed,
+            on_step=None if on_step is None else lambda step, losses: on_step(step, float(losses.nanmean())),
+        )
+        return [
+            UserState(
+                provenance=Provenance(
+                    method=self.name,
+                    version=self.version,
+                    model=lm.fingerprint,
+                    sites=(str(Site("embed")),),
+                    records=tuple(record.id for record in history),
+                    settings={"length": self.length, "steps": self.steps, "learning_rate": self.learning_rate},
+                ),
+                tensors={"prefix": prefix.detach().clone()},
+            )
+            for history, prefix in zip(histories, prefixes, strict=True)
+        ]
 
 
 def _random_tokens(lm: FrozenLM, length: int, generator: torch.Generator) -> torch.Tensor:

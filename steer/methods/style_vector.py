@@ -5,38 +5,56 @@ Zhang et al., "Personalized Text Generation with Contrastive Activation Steering
     s_l = 1/n · Σ_i ( h_l(x_i ⊕ y_i) − h_l(x_i ⊕ ŷ_i) )                h'_l(x)_t = h_l(x)_t + α · s_l
 
 where y_i is what the user wrote to prompt x_i, ŷ_i what anybody might have written, and h_l the residual stream after
-block l. A positive α steers towards the user. (A survey prints the difference the other way round.)
+block l. A positive α steers towards the user. (A survey prints the difference the other way round.) The paper's two
+other extractors take, in place of the mean of the differences, the normal of a logistic regression between the two
+sides, or the first principal axis of the differences, uncentred.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+import heapq
+import math
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from importlib.util import find_spec
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
+from steer.cache import Cache, key_of
+from steer.encoders import Moments, logistic_direction, principal_direction
 from steer.errors import SteerError
 from steer.history import History, Record
 from steer.inject import Edit, ResidualEdit
 from steer.inject.residual import Positions
 from steer.method import Method
-from steer.read import Pool, Reading, read, record_span, response_span
+from steer.neutral import NEUTRAL, Neutral
+from steer.read import Pool, Reading, read, record_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
     from steer.model import FrozenLM
 
-_ANSWERS_AT_ONCE = 32
-_NEUTRAL = "model, population, field:NAME or file:PATH"
+Extractor = Literal["mean", "logistic", "pca"]
+
+# Records that are read together, of however many users.
+_TOGETHER = 256
+# Texts of all users that logistic regression holds one user's against.
+_SAMPLE = 256
 
 
 @dataclass
 class StyleVector(Method):
-    """Mean difference between a user's responses and neutral ones.
+    """The direction from neutral responses to a user's own.
 
     Args:
         layer: after which block, or blocks, to read and to add. The paper finds mid to late layers best.
@@ -47,119 +65,398 @@ class StyleVector(Method):
         positions: from which position on to add; `response` also steers the first new token, the paper's t ≥ |x| is
             "generated".
         neutral_tokens: length of the frozen model's own answers.
+        extractor: "mean" of the differences, "logistic" regression between the sides (against the population: between
+            the user's texts and a sample of all other users'), or "pca", the first axis of the differences, towards
+            their mean.
+        sites: further places to read and to add, such as "attn_out[3]".
+        rescale: whether "logistic" and "pca" get the norm of the mean difference, so that one strength means the same
+            for all three; otherwise they are unit vectors, as in the paper.
+
+    Raises:
+        SteerError: no site, one named twice, or an unknown choice.
     """
 
     name: ClassVar[str] = "style_vector"
 
-    layer: int | Sequence[int]
+    layer: int | Sequence[int] = ()
     neutral: str = "model"
     pool: Pool = "mean"
     positions: Positions = "response"
     neutral_tokens: int = 96
+    extractor: Extractor = "mean"
+    sites: Sequence[Site | str] = ()
+    rescale: bool = True
     # What `train` has read of each history, so that `fit` need not read it again.
-    _known: dict[tuple[FrozenLM, History], dict[Site, Reading]] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[tuple[FrozenLM, History], _Summary] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        kind, _, argument = self.neutral.partition(":")
-        if kind not in ("model", "population", "field", "file") or (kind in ("field", "file")) != bool(argument):
-            raise SteerError(f"neutral={self.neutral!r} is none of {_NEUTRAL}")
-
-    @property
-    def sites(self) -> list[Site]:
-        """Where the vectors are read and added."""
+        Neutral(self.neutral, self.neutral_tokens)
+        if self.extractor not in get_args(Extractor):
+            raise SteerError(f"extractor={self.extractor!r} is not one of {', '.join(get_args(Extractor))}")
+        if self.extractor == "logistic" and find_spec("sklearn") is None:
+            raise SteerError("extractor='logistic' needs scikit-learn: pip install 'steer-toolkit[extract]'")
         layers = [self.layer] if isinstance(self.layer, int) else self.layer
-        return [Site("resid_post", layer) for layer in layers]
+        sites = [Site("resid_post", layer) for layer in layers]
+        sites += [Site.parse(site).canonical() for site in self.sites]
+        if not sites or len(set(sites)) < len(sites):
+            raise SteerError("say where to read and to add, each place once: layer=14, or sites=['attn_out[3]']")
+        self.sites = tuple(sites)
+
+    @classmethod
+    def paper(cls, layer: int | Sequence[int], **settings: Any) -> StyleVector:
+        """The paper's recipe: last token, mean difference to a model's answers, added from the first new token on."""
+        recipe: dict[str, Any] = {"neutral": "model", "pool": "last", "extractor": "mean", "positions": "generated"}
+        return cls(layer=layer, **(recipe | settings))
 
     @property
-    def population(self) -> dict[Site, torch.Tensor]:
-        """The mean over all users, `[d]` at each site. Raises SteerError before `train` or `use`."""
-        if self.artifact is None:
-            raise SteerError("neutral='population' needs the population's mean: call train(lm, histories) first")
-        if missing := [site for site in self.sites if str(site) not in self.artifact.tensors]:
-            raise SteerError(f"the population was not read at {missing[0]}; train again")
-        return {site: self.artifact.tensors[str(site)] for site in self.sites}
+    def population(self) -> dict[Site, Float[Tensor, " d"]]:
+        """The mean over all users at each site. Raises SteerError before `train` or `use`."""
+        return self._shared("")
 
-    def train(self, lm: FrozenLM, histories: Iterable[History]) -> Artifact | None:
+    def train(
+        self,
+        lm: FrozenLM,
+        histories: Iterable[History],
+        on_progress: Callable[[float], None] | None = None,
+        *,
+        cache: Cache | None = None,
+    ) -> Artifact | None:
         """Reads the population mean (each user counts once), which "population" needs; else does nothing.
+
+        For "logistic" the artifact also holds states of single texts, 256 at most. Each user's share of them is the
+        same as far as their texts reach. A hash of each one's user is stored, so that nobody is held against their own.
+
+        Args:
+            lm: the model.
+            histories: one for each user.
+            on_progress: told from time to time what share of the texts is read.
+            cache: texts that were read before are taken from here, and new ones go here.
 
         Raises:
             SteerError: there are fewer than two users.
         """
         if self.neutral != "population":
             return None
-        means: dict[Site, list[torch.Tensor]] = {site: [] for site in self.sites}
-        for history in histories:
-            self._known[lm, history] = self._read(lm, history)
-            for site, reading in self._known[lm, history].items():
-                means[site].append(reading.mean)
-        users = len(next(iter(means.values())))
+        histories = list(histories)
+        users = len(histories)
         if users < 2:
             raise SteerError(f"neutral='population' compares users with one another, and there is {users}; use 'model'")
+        population: dict[Site, Moments] = {}
+        sample: list[tuple[float, str, Mapping[Site, Tensor]]] = []
+        for history, summary in zip(histories, self._summaries(lm, histories, on_progress, cache), strict=True):
+            if self.extractor == "mean":
+                self._known[lm, history] = summary
+            for site, moments in summary.differences.items():
+                user = Moments.of(moments.mean[None])
+                population[site] = population[site] + user if site in population else user
+            if self.extractor == "logistic":
+                sample = heapq.nlargest(_SAMPLE, [*sample, *_drawn(history, summary)], key=operator.itemgetter(0))
+        tensors = {str(site): moments.mean.float() for site, moments in population.items()}
+        settings: dict[str, Any] = {"pool": self.pool, "users": users}
+        if sample:
+            tensors |= {f"{site}.sample": torch.stack([rows[site] for _, _, rows in sample]) for site in self._sites}
+            settings["sample"] = [who for _, who, _ in sample]
         self.artifact = Artifact(
-            method=self.name,
-            version=self.version,
-            model=lm.fingerprint,
-            tensors={str(site): torch.stack(rows).mean(0) for site, rows in means.items()},
-            settings={"pool": self.pool, "users": users},
+            method=self.name, version=self.version, model=lm.fingerprint, tensors=tensors, settings=settings
         )
         return self.artifact
 
     def fit(self, lm: FrozenLM, history: History) -> UserState:
-        """Reads one user's vectors, one for each layer.
+        """Reads one user's vectors, one for each site.
 
         Raises:
-            SteerError: the history is empty, or the neutral side is missing for some record.
+            SteerError: the history is empty, or the neutral side is missing.
         """
-        if not len(history):
-            raise SteerError(f"{history.user_id!r} has no records to read a style from")
-        own = self._known.pop((lm, history), None) or self._read(lm, history)
-        neutral = self._neutral_means(lm, history)
-        settings = {"neutral": self.neutral, "pool": self.pool, "positions": self.positions}
-        if self.artifact is not None:
-            settings["population"] = self.artifact.hash
-        return UserState(
-            provenance=Provenance(
-                method=self.name,
-                version=self.version,
-                model=lm.fingerprint,
-                sites=tuple(str(site) for site in self.sites),
-                records=tuple(record.id for record in history),
-                settings=settings,
-                calibration={"reference_norm": {str(site): own[site].norm for site in self.sites}},
-            ),
-            tensors={str(site): own[site].mean - neutral[site] for site in self.sites},
-        )
+        return self.fit_many(lm, [history])[0]
+
+    def fit_many(
+        self,
+        lm: FrozenLM,
+        histories: Sequence[History],
+        on_progress: Callable[[float], None] | None = None,
+        *,
+        cache: Cache | None = None,
+    ) -> list[UserState]:
+        """Reads many users' vectors, with texts of several users in a batch; each is what `fit` gives, to rounding.
+
+        Args:
+            lm: the model.
+            histories: one for each user.
+            on_progress: told from time to time what share of the texts is read.
+            cache: texts that were read before are taken from here, and new ones go here.
+        """
+        if self.neutral == "population":
+            self._require_population(lm)
+        known = {i: self._known.pop((lm, h)) for i, h in enumerate(histories) if (lm, h) in self._known}
+        missing = [history for i, history in enumerate(histories) if i not in known]
+        new = self._summaries(lm, missing, on_progress, cache)
+        return [self._state(lm, history, known[i] if i in known else next(new)) for i, history in enumerate(histories)]
+
+    def update(self, lm: FrozenLM, state: UserState, new_records: Sequence[Record]) -> UserState:
+        """The state of a user who has written more, at the cost of reading only that: what `fit` gives for all of it.
+
+        Raises:
+            SteerError: a record is in the state already, the state is not of this method with these settings, or the
+                extractor is not "mean".
+        """
+        known = {*state.provenance.records, *_left_out(state)}
+        ids = [record.id for record in new_records]
+        if twice := [id for id, times in Counter(ids).items() if id in known or times > 1]:
+            raise SteerError(f"record {twice[0]!r} is in the state already, and would count twice")
+        tensors, norms, read_now = self._combined(lm, state, new_records, operator.add)
+        records = (*state.provenance.records, *read_now.records)
+        calibration = _calibration(norms, (*_left_out(state), *read_now.left_out))
+        return UserState(replace(state.provenance, records=records, calibration=calibration), tensors)
+
+    def remove(self, lm: FrozenLM, state: UserState, old_records: Sequence[Record]) -> UserState:
+        """The state as if some of its records had never been there, at the cost of reading these once more.
+
+        A population's mean stays as it is, with the user's texts among all others'; call `train` again to change that.
+
+        Raises:
+            SteerError: a record is not in the state, or none would be left; else as for `update`.
+        """
+        ids, left_out = {record.id for record in old_records}, _left_out(state)
+        if strange := ids - {*state.provenance.records, *left_out}:
+            raise SteerError(f"record {min(strange)!r} is not in the state, so it cannot be taken out")
+        records = tuple(id for id in state.provenance.records if id not in ids)
+        if not records:
+            raise SteerError("no record would be left; delete the state instead")
+        counted = [record for record in old_records if record.id not in left_out]
+        tensors, norms, read_now = self._combined(lm, state, counted, operator.sub)
+        if read_now.left_out:
+            raise SteerError(f"the model no longer answers the prompt of record {read_now.left_out[0]!r}; fit again")
+        calibration = _calibration(norms, [id for id in left_out if id not in ids])
+        return UserState(replace(state.provenance, records=records, calibration=calibration), tensors)
 
     @classmethod
     def bind(
         cls, lm: FrozenLM, states: Sequence[UserState | None], like: UserState, artifact: Artifact | None
     ) -> list[Edit]:
-        """One residual edit for each layer."""
+        """One residual edit for each site."""
         return [_edit(Site.parse(site), states, like) for site in like.provenance.sites]
 
-    def _neutral_means(self, lm: FrozenLM, history: History) -> dict[Site, torch.Tensor]:
-        if self.neutral == "population":
-            if self.artifact is not None:
-                self._require_model(lm, self.artifact)
-            return self.population
-        texts = self._neutral_texts(lm, history)
-        spans = [response_span(lm, text, record.prompt) for text, record in zip(texts, history, strict=True)]
-        return {site: reading.mean for site, reading in read(lm, spans, self.sites, pool=self.pool).items()}
+    @property
+    def _sites(self) -> list[Site]:
+        return [Site.parse(site) for site in self.sites]
 
-    def _read(self, lm: FrozenLM, history: History) -> dict[Site, Reading]:
-        return read(lm, [record_span(lm, record) for record in history], self.sites, pool=self.pool)
-
-    def _neutral_texts(self, lm: FrozenLM, history: History) -> list[str]:
+    @property
+    def _settings(self) -> dict[str, Any]:
+        settings = {key: getattr(self, key) for key in ("neutral", "pool", "positions", "extractor")}
+        if self.extractor != "mean":
+            settings["rescale"] = self.rescale
         if self.neutral == "model":
-            return _own_answers(lm, history, self.neutral_tokens)
-        kind, _, argument = self.neutral.partition(":")
-        if kind == "field":
-            return [_field(record, argument) for record in history]
-        answers = _read_answers(Path(argument))
-        missing = [record.id for record in history if record.id not in answers]
-        if missing:
-            raise SteerError(f"{argument} has no response for record {missing[0]!r} of {history.user_id!r}")
-        return [answers[record.id] for record in history]
+            settings["neutral_tokens"] = self.neutral_tokens
+        if self.neutral == "population" and self.artifact is not None:
+            settings["population"] = self.artifact.hash
+        return settings
+
+    def _shared(self, part: str) -> dict[Site, Tensor]:
+        if self.artifact is None:
+            raise SteerError("neutral='population' needs the population's mean: call train(lm, histories) first")
+        if missing := [site for site in self._sites if f"{site}{part}" not in self.artifact.tensors]:
+            raise SteerError(f"the population has no {missing[0]}{part}; train again")
+        return {site: self.artifact.tensors[f"{site}{part}"] for site in self._sites}
+
+    def _state(self, lm: FrozenLM, history: History, summary: _Summary) -> UserState:
+        if not summary.records:
+            raise SteerError(
+                f"the model answers nothing to any prompt of {history.user_id!r}; use another neutral side: {NEUTRAL}"
+            )
+        norms = {str(site): summary.norms[site].mean.item() for site in self._sites}
+        return UserState(
+            provenance=Provenance(
+                method=self.name,
+                version=self.version,
+                model=lm.fingerprint,
+                sites=tuple(str(site) for site in self._sites),
+                records=summary.records,
+                settings=self._settings,
+                calibration=_calibration(norms, summary.left_out),
+            ),
+            tensors={str(site): self._vector(site, history, summary).float() for site in self._sites},
+        )
+
+    def _vector(self, site: Site, history: History, summary: _Summary) -> Tensor:
+        against_all = self.neutral == "population"
+        centre = self.population[site].double() if against_all else 0.0
+        mean = summary.differences[site].mean - centre
+        if self.extractor == "mean":
+            return mean
+        own, *neutral = summary.rows[site]
+        if self.extractor == "pca":
+            unit = principal_direction(own.double() - (neutral[0].double() if neutral else centre))
+        else:
+            unit = logistic_direction(own, neutral[0] if neutral else self._others(site, history.user_id))
+        return unit * mean.norm() if self.rescale else unit
+
+    def _others(self, site: Site, user: str) -> Tensor:
+        """States of other users' texts."""
+        assert self.artifact is not None
+        whose, sample = self.artifact.settings["sample"], self._shared(".sample")[site]
+        others = [i for i, who in enumerate(whose) if who != _hash(user)]
+        if not others:
+            raise SteerError(f"the sample of the population has no texts but those of {user!r}; train with more users")
+        return sample[others]
+
+    def _summaries(
+        self,
+        lm: FrozenLM,
+        histories: Sequence[History],
+        on_progress: Callable[[float], None] | None,
+        cache: Cache | None,
+    ) -> Iterator[_Summary]:
+        """What is read of each user, in order."""
+        if empty := [history for history in histories if not len(history)]:
+            raise SteerError(f"{empty[0].user_id!r} has no records to read a style from")
+        records = [(user, record) for user, history in enumerate(histories) for record in history]
+        neutral = Neutral(self.neutral, self.neutral_tokens)
+        neutral.require([record for _, record in records])
+
+        def parts() -> Iterator[tuple[int, _Summary]]:
+            for start in range(0, len(records), _TOGETHER):
+                yield from self._read(lm, records[start : start + _TOGETHER], neutral, cache)
+                if on_progress is not None:
+                    on_progress(min(start + _TOGETHER, len(records)) / len(records))
+
+        for _, own in groupby(parts(), key=operator.itemgetter(0)):
+            yield reduce(operator.add, (part for _, part in own))
+
+    def _read(
+        self, lm: FrozenLM, records: Sequence[tuple[int, Record]], neutral: Neutral, cache: Cache | None
+    ) -> Iterator[tuple[int, _Summary]]:
+        """Reads some users' records, both sides at once, as these share their prompts; a summary for each user."""
+        paired = neutral.kind != "population"
+        texts = neutral.texts(lm, [record for _, record in records]) if paired else [None] * len(records)
+        used = [i for i, text in enumerate(texts) if text is not None or not paired]
+        if len(used) < len(records):
+            warnings.warn(
+                f"the model answers nothing to {len(records) - len(used)} of {len(records)} prompts; their records are "
+                "left out",
+                stacklevel=2,
+            )
+        spans = [record_span(lm, records[i][1]) for i in used]
+        if paired:
+            spans += [record_span(lm, replace(records[i][1], response=texts[i] or "")) for i in used]
+        readings = read(lm, spans, self._sites, pool=self.pool, cache=cache) if spans else {}
+        row_of = {i: row for row, i in enumerate(used)}
+        for user, group in groupby(range(len(records)), key=lambda i: records[i][0]):
+            indices = list(group)
+            rows = [row_of[i] for i in indices if i in row_of]
+            sides = [rows, [len(used) + row for row in rows]] if paired else [rows]
+            yield (
+                user,
+                _Summary(
+                    records=tuple(records[i][1].id for i in indices if i in row_of),
+                    left_out=tuple(records[i][1].id for i in indices if i not in row_of),
+                    differences={site: _differences(reading, sides) for site, reading in readings.items() if rows},
+                    norms={site: Moments.of(reading.norms[rows]) for site, reading in readings.items() if rows},
+                    rows={site: [reading.pooled[side] for side in sides] for site, reading in readings.items()}
+                    if self.extractor != "mean"
+                    else {},
+                ),
+            )
+
+    def _combined(
+        self,
+        lm: FrozenLM,
+        state: UserState,
+        records: Sequence[Record],
+        combine: Callable[[Moments, Moments], Moments],
+    ) -> tuple[dict[str, Tensor], dict[str, float], _Summary]:
+        """A state's vectors and norms after some records were added or taken out, and what was read of these."""
+        self._require_own(lm, state)
+        source = state.provenance
+        norms = dict(source.calibration["reference_norm"])
+        tensors, read_now = dict(state.tensors), _Summary()
+        if records:
+            (read_now,) = self._summaries(lm, [History(records[0].user_id, tuple(records))], None, None)
+        for site, new in read_now.differences.items():
+            name, count = str(site), len(source.records)
+            if self.neutral == "population":
+                new = Moments(new.count, new.mean - self.population[site].double())
+            tensors[name] = combine(Moments(count, tensors[name].double()), new).mean.float()
+            norm = Moments(count, torch.tensor(norms[name], dtype=torch.float64))
+            norms[name] = combine(norm, read_now.norms[site]).mean.item()
+        return tensors, norms, read_now
+
+    def _require_own(self, lm: FrozenLM, state: UserState) -> None:
+        """Raises SteerError unless the state is what `fit` of this very method could have given."""
+        if self.extractor != "mean":
+            raise SteerError(f"the extractor {self.extractor!r} weighs all records at once; fit again with all of them")
+        if self.neutral == "population":
+            self._require_population(lm)
+        source = state.provenance
+        # Where a vector is added plays no part in what it is.
+        theirs = (source.method, source.model, source.sites, {**source.settings, "positions": self.positions})
+        ours = (self.name, lm.fingerprint, tuple(str(site) for site in self._sites), self._settings)
+        if different := [pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1]]:
+            there, here = different[0]
+            raise SteerError(f"the state was not fitted by this method as it is now: {there} there, {here} here")
+
+    def _require_population(self, lm: FrozenLM) -> None:
+        if self.artifact is not None:
+            self._require_model(lm, self.artifact)
+        _ = self.population
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What was read of some of a user's records, of those that count; `a + b` is of both.
+
+    Attributes:
+        records, left_out: ids of the records that count, and of those without a neutral side.
+        differences: between own and neutral states; of the own ones alone against a population, whose mean comes last.
+        norms: each text's median norm.
+        rows: own and neutral states, a row a record, for extractors that need them all.
+    """
+
+    records: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    differences: Mapping[Site, Moments] = field(default_factory=dict)
+    norms: Mapping[Site, Moments] = field(default_factory=dict)
+    rows: Mapping[Site, Sequence[Tensor]] = field(default_factory=dict)
+
+    def __add__(self, other: _Summary) -> _Summary:
+        def both(one: Mapping[Site, Any], two: Mapping[Site, Any], add: Callable[[Any, Any], Any]) -> dict[Site, Any]:
+            return {**one, **two} | {site: add(one[site], two[site]) for site in one if site in two}
+
+        return _Summary(
+            self.records + other.records,
+            self.left_out + other.left_out,
+            both(self.differences, other.differences, operator.add),
+            both(self.norms, other.norms, operator.add),
+            both(self.rows, other.rows, lambda one, two: [torch.cat(side) for side in zip(one, two, strict=True)]),
+        )
+
+
+def _differences(reading: Reading, sides: Sequence[Sequence[int]]) -> Moments:
+    own, *other = [reading.pooled[side].double() for side in sides]
+    return Moments.of(own - other[0] if other else own)
+
+
+def _drawn(history: History, summary: _Summary) -> Iterator[tuple[float, str, dict[Site, Tensor]]]:
+    """The user's texts with a random number each: the largest of all users' numbers make a sample.
+
+    Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006: with weights 1/n each user counts alike.
+    The numbers come from a hash, so that the sample depends neither on the order nor on a generator.
+    """
+    for row, record in enumerate(summary.records):
+        uniform = (int(_hash(history.user_id, record)[:13], 16) + 1) / 16**13
+        states = {site: own[row].clone() for site, (own, *_) in summary.rows.items()}
+        yield math.log(uniform) * len(summary.records), _hash(history.user_id), states
+
+
+def _hash(*parts: str) -> str:
+    return key_of(*parts)[:16]
+
+
+def _left_out(state: UserState) -> tuple[str, ...]:
+    return tuple(state.provenance.calibration.get("left_out", ()))
+
+
+def _calibration(norms: Mapping[str, float], left_out: Sequence[str]) -> dict[str, Any]:
+    return {"reference_norm": dict(norms)} | ({"left_out": list(left_out)} if left_out else {})
 
 
 def _edit(site: Site, states: Sequence[UserState | None], like: UserState) -> ResidualEdit:
@@ -173,40 +470,3 @@ def _edit(site: Site, states: Sequence[UserState | None], like: UserState) -> Re
         positions=like.provenance.settings["positions"],
         reference_norms=torch.tensor(norms),
     )
-
-
-def _own_answers(lm: FrozenLM, history: History, tokens: int) -> list[str]:
-    prompts = [record.prompt for record in history]
-    if None in prompts:
-        raise SteerError(
-            f"neutral='model' lets the model answer the prompts of {history.user_id!r}, and some records have none; "
-            "give an instruction, or use neutral='population'"
-        )
-    answers = [
-        answer
-        for start in range(0, len(prompts), _ANSWERS_AT_ONCE)
-        for answer in lm.generate(
-            [prompt for prompt in prompts[start : start + _ANSWERS_AT_ONCE] if prompt is not None],
-            max_new_tokens=tokens,
-            do_sample=False,
-        )
-    ]
-    empty = next((p for p, answer in zip(prompts, answers, strict=True) if not answer.strip()), None)
-    if empty is not None:
-        raise SteerError(f"the model answers nothing to {empty[:60]!r}; use another neutral side: {_NEUTRAL}")
-    return answers
-
-
-def _field(record: Record, name: str) -> str:
-    value = record.fields.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise SteerError(f"record {record.id!r} of {record.user_id!r} has no text in {name!r}")
-    return value
-
-
-def _read_answers(path: Path) -> dict[str, str]:
-    try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return {str(entry["id"]): str(entry["response"]) for entry in entries}
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise SteerError(f"{path}: expected JSONL lines with `id` and `response` ({error})") from None

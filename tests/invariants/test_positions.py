@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,11 @@ class Bypass(torch.nn.Module):
         return hidden
 
 
-def edit(where: Positions = "response") -> steer.ResidualEdit:
+# Narrower than the longest prompt, and row 1 has none.
+MARKS = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < torch.tensor([[0.5], [0.0], [0.5]])
+
+
+def edit(where: Positions | Tensor = "response") -> steer.ResidualEdit:
     return steer.ResidualEdit(SITE, VECTORS, where)
 
 
@@ -44,9 +49,10 @@ def forward(lm: steer.FrozenLM, side: str = "left", *, positions: bool = True) -
     return [*output.hidden_states, output.logits], mask.bool()
 
 
-def generate(lm: steer.FrozenLM, edits: Sequence[steer.ResidualEdit]) -> Tensor:
+def generate(lm: steer.FrozenLM, edits: Sequence[steer.ResidualEdit], **kwargs: Any) -> Tensor:
     with lm.steered(edits=edits) as steering:
         settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        settings |= kwargs
         output = lm.model.generate(**steering.prepare(PROMPTS), **steering.generate_kwargs(), **settings)
     return torch.stack(output.logits, dim=1)
 
@@ -61,27 +67,68 @@ def test_the_first_new_token_is_steered_by_default_and_unsteered_with_generated(
 
 @pytest.mark.parametrize("positions", [True, False], ids=["position ids", "mask only"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("where", "first"), [("response", -1), ("generated", 0), ("all", -99)])
-def test_exactly_the_positions_from_the_start_on_are_edited(
-    lm: steer.FrozenLM, where: Positions, first: int, side: str, positions: bool
+@pytest.mark.parametrize("where", ["response", "generated", "all", "prompt", "marked"])
+def test_exactly_the_positions_that_are_named_are_edited(
+    lm: steer.FrozenLM, where: Any, side: str, positions: bool
 ) -> None:
     if side == "left" and not positions and lm.model.config.model_type == "gpt2":
         pytest.skip("GPT-2 itself needs position ids when the padding is on the left")
     # As if the last two tokens of each row had been generated.
     lengths = [length - 2 for length in LENGTHS]
     plain, mask = forward(lm, side, positions=positions)
-    with lm.steered(edits=[edit(where)], prompt_lengths=lengths):
+    with lm.steered(edits=[edit(MARKS if where == "marked" else where)], prompt_lengths=lengths):
         hidden, _ = forward(lm, side, positions=positions)
     for row, length in enumerate(lengths):
-        begin = max(length + first, 0)
         before, after = (states[2][row, mask[row]] for states in (plain, hidden))
-        assert torch.equal(after[:begin], before[:begin])
-        assert_close(after[begin:], before[begin:] + VECTORS[row])
-    # Nothing below the site moves, and what was not edited stays as it was up to the logits.
+        index = torch.arange(len(before))
+        marked = torch.cat([MARKS[row], torch.zeros(20, dtype=torch.bool)])[: len(before)]
+        named = {"response": index >= length - 1, "generated": index >= length, "all": index >= 0}
+        edited = {**named, "prompt": index < length, "marked": marked}[where]
+        assert torch.equal(after[~edited], before[~edited])
+        torch.testing.assert_close(after[edited], before[edited] + VECTORS[row])
+        # What comes before all edited ones stays as it was up to the logits.
+        untouched = edited.cumsum(0) == 0
+        assert torch.equal(hidden[-1][row, mask[row]][untouched], plain[-1][row, mask[row]][untouched])
+    # Nothing below the site moves.
     assert torch.equal(hidden[1][mask], plain[1][mask])
-    for row, length in enumerate(lengths):
-        begin = max(length + first, 0)
-        assert torch.equal(hidden[-1][row, mask[row]][:begin], plain[-1][row, mask[row]][:begin])
+
+
+def test_marked_positions_are_those_of_the_rows_real_tokens(llama: steer.FrozenLM) -> None:
+    """With a cache, in chunks, for beams, and beside another edit with marks of its own."""
+    late = torch.zeros(3, 22, dtype=torch.bool)
+    late[torch.arange(3), torch.tensor(LENGTHS) + 1] = True
+    edits = [edit(MARKS), edit(late), steer.ResidualEdit(steer.Site("resid_post", 0), VECTORS, MARKS)]
+    plain, early, both = generate(llama, edits[2:]), generate(llama, edits[::2]), generate(llama, edits)
+    # The second new token is the first that sees it: what is marked is the position that predicts the third.
+    assert_close(both[:, :2], early[:, :2])
+    assert ((both - early)[:, 2].abs().amax(-1) > 0.01).all()
+    assert (early - plain).abs().amax() > 0.01
+    assert_close(generate(llama, edits, prefill_chunk_size=3), both)
+    assert_close(generate(llama, edits, use_cache=False), both)
+    with llama.steered(edits=edits) as steering:
+        batch = steering.prepare(PROMPTS)
+        settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+        together = llama.model.generate(**batch, **steering.generate_kwargs(), **settings)[:, -4:]
+    for row, prompt in enumerate(PROMPTS):
+        own = [e.__class__(e.site, e.vectors[row : row + 1], e.positions[row : row + 1]) for e in edits]
+        with llama.steered(edits=own) as steering:
+            batch = steering.prepare([prompt])
+            alone = llama.model.generate(**batch, **steering.generate_kwargs(), **settings)[:, -4:]
+        assert torch.equal(together[row], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        (torch.ones(3, 4), r"need a bool tensor \[batch, n\]"),
+        (torch.ones(3, dtype=torch.bool), r"this one is torch.bool \[3\]"),
+        (torch.ones(3, 0, dtype=torch.bool), "n ≥ 1"),
+        (torch.ones(2, 4, dtype=torch.bool), "positions for resid_post.*: 2 rows for a batch of 3"),
+    ],
+)
+def test_marks_that_make_no_sense(llama: steer.FrozenLM, marks: Tensor, message: str) -> None:
+    with pytest.raises(steer.SteerError, match=message), llama.steered(edits=[edit(marks)]):
+        pass
 
 
 def test_positions_without_padding_need_no_mask(lm: steer.FrozenLM) -> None:
@@ -118,10 +165,10 @@ def test_a_conversation_that_continues_a_cache(lm: steer.FrozenLM) -> None:
 
 
 def test_a_forward_pass_without_prompt_lengths_is_refused_where_they_matter(lm: steer.FrozenLM) -> None:
-    for where in ("response", "generated"):
+    for where in ("response", "generated", "prompt"):
         with pytest.raises(steer.SteerError, match="prompt_lengths"), lm.steered(edits=[edit(where)]):
             forward(lm)
-    with lm.steered(edits=[edit("all")]):
+    with lm.steered(edits=[edit("all"), edit(MARKS)]):
         forward(lm)
 
 

@@ -1,0 +1,90 @@
+"""A cache on disk: what was computed once, by a hash of all that it depends on. One SQLite file, bytes by key.
+
+Values are safetensors or text. What `put` has returned from outlives the process, however it ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steer.embedded import cache_dir
+from steer.errors import SteerError
+
+if TYPE_CHECKING:
+    from steer.model import FrozenLM
+
+# Tells a cache from other SQLite files, a bank's index for one: "stcc".
+_APPLICATION_ID = 0x73746363
+_CREATE = f"""
+BEGIN IMMEDIATE;
+PRAGMA application_id = {_APPLICATION_ID};
+CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value BLOB NOT NULL);
+COMMIT;
+"""
+_BUSY_SECONDS = 30.0
+# SQLite's own limit was 999 for a long time.
+_AT_ONCE = 500
+
+
+class Cache:
+    """Bytes by key in one file, which is made when first needed; several processes may use it.
+
+    Raises:
+        SteerError: the file is something else, or cannot be read or written; by any method.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+
+    def get(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """The values of those keys that are there."""
+        found: dict[str, bytes] = {}
+        with self._open() as db:
+            for start in range(0, len(keys), _AT_ONCE):
+                some = keys[start : start + _AT_ONCE]
+                marks = ", ".join("?" * len(some))
+                found |= dict(db.execute(f"SELECT key, value FROM entries WHERE key IN ({marks})", some))
+        return found
+
+    def put(self, values: Mapping[str, bytes]) -> None:
+        """Adds all of the values or, if something happens meanwhile, none."""
+        with self._open() as db, db:
+            db.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?)", values.items())
+
+    # A connection each time: it costs less than a millisecond, and none is ever inherited through a fork.
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self.path, timeout=_BUSY_SECONDS)) as db:
+                (found,) = db.execute("PRAGMA application_id").fetchone()
+                if found != _APPLICATION_ID:
+                    if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                        raise SteerError(
+                            f"{self.path}: an SQLite file of another kind, not a cache; it was not touched"
+                        )
+                    db.executescript(_CREATE)
+                yield db
+        except (sqlite3.Error, OSError) as error:
+            raise SteerError(f"{self.path}: cannot be used as a cache ({error})") from error
+
+
+def answers_cache() -> Cache:
+    """Where the frozen model's own answers are kept, beside the embedded models: `answers.sqlite`."""
+    return Cache(cache_dir() / "answers.sqlite")
+
+
+def key_of(*parts: Any) -> str:
+    """SHA-256 of what a value depends on, which must be JSON, as 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def model_key(lm: FrozenLM) -> list[str]:
+    """What tells a model from others, and from itself in another dtype."""
+    return [key_of(lm.fingerprint.to_json()), str(lm.dtype)]

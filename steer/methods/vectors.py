@@ -1,0 +1,60 @@
+"""States that are one vector at each of some sites: how they are written down and bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from steer.inject import Edit, ResidualEdit
+from steer.read import Span, read
+from steer.sites import Site
+from steer.state import Artifact, UserState
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from steer.model import FrozenLM
+
+
+def layer_sites(layer: int | Sequence[int]) -> list[Site]:
+    """The residual stream after one block, or after several."""
+    return [Site("resid_post", at) for at in ([layer] if isinstance(layer, int) else layer)]
+
+
+def by_site(values: Mapping[Site, Float[Tensor, " d"]]) -> dict[str, Float[Tensor, " d"]]:
+    """A state's tensors: float32, on the CPU, under the names of their sites."""
+    return {str(site): value.detach().float().cpu() for site, value in values.items()}
+
+
+def reference_norms(lm: FrozenLM, spans: Sequence[Span], sites: Sequence[Site]) -> dict[str, float]:
+    """The median residual norm over the texts' tokens at each site: the unit of a dose."""
+    return {str(site): reading.norm for site, reading in read(lm, spans, sites).items()}
+
+
+def vector_edits(states: Sequence[UserState | None], like: UserState, artifact: Artifact | None = None) -> list[Edit]:
+    """One residual edit for each site of the states; rows of None get zeros.
+
+    Args:
+        states: each holds a vector `[d]` under each of its sites' names, the reference norms in its calibration, and
+            `positions` in its settings.
+        like: a state of the same kind.
+        artifact: holds vectors that are added to those of every row that has a state.
+    """
+    return [_edit(site, states, like, artifact) for site in like.provenance.sites]
+
+
+def _edit(site: str, states: Sequence[UserState | None], like: UserState, artifact: Artifact | None) -> ResidualEdit:
+    zero = torch.zeros(like.tensors[site].shape[-1])
+    common = zero if artifact is None else artifact.tensors[site].float()
+    norms = [
+        float("nan") if state is None else state.provenance.calibration["reference_norm"][site] for state in states
+    ]
+    return ResidualEdit(
+        site=Site.parse(site),
+        vectors=torch.stack([zero if state is None else state.tensors[site].float() + common for state in states]),
+        positions=like.provenance.settings["positions"],
+        reference_norms=torch.tensor(norms),
+    )

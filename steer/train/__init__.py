@@ -1,0 +1,5 @@
+"""Training by gradient: what many users own is trained at once, as rows of a batch."""
+
+from steer.train.users import train_users
+
+__all__ = ["train_users"]
