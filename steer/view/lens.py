@@ -118,7 +118,7 @@ class Lens:
             axes.axvline(0, color="0.4", lw=0.8)
             axes.tick_params(labelbottom=True)
             axes.set_title(drawable(printable(name)), fontsize=11, parse_math=False)
-        figure.supxlabel("change of the logit per dose, over the vocabulary's mean", fontsize=10)
+        figure.supxlabel("change of the logit per unit of dose, over the vocabulary's mean", fontsize=10)
         return figure
 
     def _sides(self) -> list[tuple[str, Mapping[str, Sequence[TokenLogit]]]]:

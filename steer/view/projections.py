@@ -85,7 +85,7 @@ class TokenMap:
         across = -(-len(self.tokens) // down)
         starts = range(0, len(self.tokens), across)
         height = 0.3 * len(self.names) + 0.95
-        figure = new_figure(11, 0.6 + height * len(starts))
+        figure = new_figure(11, max(2.4, 0.6 + height * len(starts)))
         lines = figure.subplots(len(starts), 1, squeeze=False)[:, 0]
         names = [drawable(printable(name)) for name in self.names]
         colours = colour_map(PROJECTION).with_extremes(bad=GREY)
@@ -101,7 +101,8 @@ class TokenMap:
             axes.set_xlim(-0.5, across - 0.5)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=lines, label=f"{values} at {self.site}", shrink=0.4 + 0.6 / len(starts))
+        lines[0].set_title(f"{values} at {self.site}", fontsize=11, loc="left")
+        figure.colorbar(image, ax=lines, label=values, shrink=0.4 + 0.6 / len(starts))
         return figure
 
     def _table(self, values: Values) -> Float[Tensor, "direction token"]:
