@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
-    from transformers import PreTrainedModel
 
 
 class Operator(Protocol):
@@ -38,14 +37,20 @@ class Binding(Protocol):
 class Slot:
     """One hooked site and the operators bound there."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, attachment: Attachment) -> None:
         self.site = site
         self.operators: tuple[Operator, ...] = ()
+        self._attachment = attachment
 
     def run(self, hidden: Tensor) -> Tensor:
+        positions = self._attachment.positions
+        # OPT's feed-forward sees rows and positions as one dimension.
+        flat = hidden.dim() == 2 and positions is not None
+        if flat:
+            hidden = hidden.unflatten(0, (-1, positions.shape[1]))
         for operator in self.operators:
             hidden = operator(hidden)
-        return hidden
+        return hidden.flatten(0, 1) if flat else hidden
 
 
 class Place(NamedTuple):
@@ -63,12 +68,17 @@ class Attachment:
 
     Binding and unbinding only change what the slots hold, never the hooks: a hook that is added after the model was
     compiled is ignored by the compiled code, which would steer the prefill and not the decoding.
+
+    Attributes:
+        decoder: what every forward pass calls with the tokens; the architecture's paths start here.
+        positions: of the tokens in the present forward pass, `[row, pos]`, while the model is bound.
     """
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
+    def __init__(self, model: nn.Module, decoder: nn.Module, architecture: Architecture) -> None:
         refuse_compiled(model)
-        self.decoder: nn.Module = model.base_model
+        self.decoder = decoder
         self.architecture = architecture
+        self.positions: Int[Tensor, "row pos"] | None = None
         self.blocks: Sequence[nn.Module] = list(self.decoder.get_submodule(architecture.blocks).children())
         self.slots: dict[Site, Slot] = {}
         self.traced = False
@@ -99,7 +109,7 @@ class Attachment:
                     f"Declare it when wrapping, steer.wrap(model, tokenizer, sites=[..., '{site}']), or call "
                     "steer.uncompile(model) first"
                 )
-            slot = Slot(site)
+            slot = Slot(site, self)
             self._handles.append(_hook(self.place_of(site), slot))
             self.slots[site] = slot
 
@@ -132,7 +142,7 @@ class Attachment:
         """Gives the model back as it was."""
         for slot in self.slots.values():
             slot.operators = ()
-        self._binding = self._owner = None
+        self._binding = self._owner = self.positions = None
         self._lock.release()
 
     def remove(self) -> None:
@@ -149,10 +159,12 @@ class Attachment:
             raise SteerError("another thread is steering this model; its users would leak into this forward pass")
         if self._binding is not None:
             # Not zip(strict=True): a call names only the arguments it has.
-            self._binding.begin(_positions(dict(zip(self._arguments, args, strict=False)) | kwargs))
+            self.positions = _positions(dict(zip(self._arguments, args, strict=False)) | kwargs)
+            self._binding.begin(self.positions)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._binding is not None:
+            self.positions = None
             self._binding.end()
 
     def place_of(self, site: Site) -> Place:
@@ -163,6 +175,8 @@ class Attachment:
         if name == "embed":
             return Place(self.decoder.get_submodule(paths.embed), "output")
         if name == "ln_final":
+            if paths.final_norm is None:
+                raise SteerError(f"ln_final: this model's head reads resid_post[{len(self.blocks) - 1}] as it is")
             return Place(self.decoder.get_submodule(paths.final_norm), "output")
         assert layer is not None
         block = self.blocks[layer]
@@ -203,6 +217,9 @@ def _positions(arguments: dict[str, Any]) -> Int[Tensor, "row pos"]:
         tokens = arguments["inputs_embeds"]
     rows, length = tokens.shape[:2]
     ids, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    if ids is not None and ids.dim() == 3:
+        # Qwen-VL: time, height and width of what stands there; in front of these, `generate` puts the plain positions.
+        ids = ids[0] if len(ids) == 4 else None
     if ids is not None:
         return ids.expand(rows, -1)
     cache = arguments.get("past_key_values")

@@ -5,18 +5,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from steer.architectures import architecture_of
+from steer.architectures import architecture_of, find_decoder
 from steer.attach import Attachment
 from steer.embedded import EMBEDDED, resolve
 from steer.errors import SteerError
+from steer.fingerprint import Fingerprints
 from steer.inject import Edit
-from steer.interop import named_parameters, unwrap
+from steer.interop import unwrap
 from steer.plan import Amounts, Plan, RowStates, edits_of, kinds_of, rows_of
 from steer.sites import Site
 from steer.state import Artifact, Blend, Fingerprint, UserState
@@ -24,7 +24,6 @@ from steer.steering import Operators, Steering
 
 if TYPE_CHECKING:
     from nnsight import Envoy
-    from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,16 +36,6 @@ States = UserState | Blend | Sequence[UserState | Blend] | RowStates | None
 
 # The hooks keep an attachment alive for as long as its model. A strong reference would keep both alive forever.
 _WRAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FrozenLM]] = weakref.WeakKeyDictionary()
-_SAMPLED_WEIGHTS = 256
-_ARCHITECTURE_KEYS = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-)
 
 
 class FrozenLM:
@@ -69,14 +58,16 @@ class FrozenLM:
         *,
         sites: Iterable[Site | str] | None = None,
     ) -> None:
-        if model in _WRAPPED and _WRAPPED[model]() is not None:
-            raise SteerError("this model is wrapped already; use that FrozenLM, or close() it first")
         self.model, self.tokenizer = model, tokenizer
-        self._embedding = cast(nn.Embedding, model.get_input_embeddings())
-        self._config = cast("PreTrainedConfig", model.base_model.config)
-        self.width = self._embedding.embedding_dim
+        decoder, path = find_decoder(model)
+        if decoder in _WRAPPED and _WRAPPED[decoder]() is not None:
+            raise SteerError("this model is wrapped already; use that FrozenLM, or close() it first")
+        self._text = cast("PreTrainedModel", decoder.get_submodule(path))
+        self._config = cast("PreTrainedConfig", self._text.config)
+        self._fingerprints = Fingerprints(self._text)
+        self.width = cast(int, self._config.hidden_size)
         self.operators = Operators(prefix_start=1 if self._adds_bos else 0)
-        self.attachment = Attachment(model, architecture_of(self._config))
+        self.attachment = Attachment(model, decoder, architecture_of(self._config).inside(path))
         self.n_layers = len(self.attachment.blocks)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         training = [module for module in model.modules() if module.training]
@@ -92,7 +83,7 @@ class FrozenLM:
         except BaseException:
             self.close()
             raise
-        _WRAPPED[model] = weakref.ref(self)
+        _WRAPPED[decoder] = weakref.ref(self)
 
     def declare(self, *sites: Site | str) -> None:
         """Prepares sites for reading and steering; `embed` and all `resid_post` are, unless told otherwise.
@@ -105,7 +96,7 @@ class FrozenLM:
     def close(self) -> None:
         """Removes every hook and leaves the model as it was. Closing twice does nothing."""
         self._restore()
-        _WRAPPED.pop(self.model, None)
+        _WRAPPED.pop(self.attachment.decoder, None)
 
     def __enter__(self) -> FrozenLM:
         return self
@@ -118,12 +109,12 @@ class FrozenLM:
     @property
     def device(self) -> torch.device:
         """Where the token ids go."""
-        return self._embedding.weight.device
+        return next(self._text.get_input_embeddings().parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the residual stream."""
-        return self.model.dtype
+        return self._text.dtype
 
     def device_at(self, site: Site) -> torch.device:
         """Where the tensor at a site lives; differs between layers under a `device_map`."""
@@ -133,12 +124,14 @@ class FrozenLM:
 
     def width_at(self, site: Site) -> int:
         """Width of the tensor at a site."""
-        if site.name != "z" or site.layer is None:
+        if site.layer is None:
+            # Where OPT's embeddings are narrower than the stream, what the head reads is so too.
+            return getattr(self._config, "word_embed_proj_dim", self.width)
+        if site.name != "z":
             return self.width
-        projection = self.attachment.blocks[site.layer].get_submodule(self.attachment.architecture.z)
-        # GPT-2's Conv1D keeps its weight as [in, out].
-        weight = cast("Tensor", projection.weight)
-        return getattr(projection, "in_features", weight.shape[0])
+        projection = cast(Any, self.attachment.blocks[site.layer].get_submodule(self.attachment.architecture.z))
+        # Not its weight, which may be quantized and packed. GPT-2's Conv1D has its own name for it.
+        return projection.nx if hasattr(projection, "nx") else projection.in_features
 
     def memory_site(self, site: Site) -> Site:
         """Where cross-attention for `site` enters: after the block if attention and feed-forward are parallel."""
@@ -153,20 +146,15 @@ class FrozenLM:
         # Where the layers' kinds are not told, a window is meant for all of them.
         return getattr(self._config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
 
-    @cached_property
+    @property
     def fingerprint(self) -> Fingerprint:
-        """Architecture and sampled weights, independent of dtype and device."""
-        shape = {key: getattr(self._config, key, None) for key in _ARCHITECTURE_KEYS}
-        parameters = [p for _, p in sorted(named_parameters(self.model.base_model)) if p.is_floating_point()]
-        # Spread over parameters and within them; the multiplier is Knuth's, prime to every size.
-        samples = [
-            parameters[i * len(parameters) // _SAMPLED_WEIGHTS].detach().flatten()[i * 2654435761 % size].cpu().float()
-            for i in range(_SAMPLED_WEIGHTS)
-            if (size := parameters[i * len(parameters) // _SAMPLED_WEIGHTS].numel())
-        ]
-        words = torch.stack(samples).to(torch.bfloat16).view(torch.int16).tolist()
-        name = f"{self._config.model_type}-{self.n_layers}x{self.width}"
-        return Fingerprint(name, repr(sorted(shape.items())), tuple(word & 0xFFFF for word in words))
+        """Architecture and sampled weights, independent of dtype and device.
+
+        The weights are those that run: without the head, without the rest of a multimodal model, and with the adapters
+        of PEFT that are active, so that a model with other adapters is another model. One whose adapters are disabled
+        is the plain one.
+        """
+        return self._fingerprints.current()
 
     # Text to tokens.
 
@@ -424,12 +412,12 @@ def load(name: str, *, device: str | torch.device | None = None, dtype: torch.dt
 def uncompile(model: nn.Module) -> None:
     """Forgets all compiled code of this process, so that a model which was compiled before can be wrapped."""
     torch._dynamo.reset()
-    vars(model).pop("_compiled_call", None)
     for module in model.modules():
+        vars(module).pop("_compiled_call", None)
         module._compiled_call_impl = None
-    lm = _WRAPPED[model]() if model in _WRAPPED else None
-    if lm is not None:
-        lm.attachment.traced = False
+        lm = _WRAPPED[module]() if module in _WRAPPED else None
+        if lm is not None:
+            lm.attachment.traced = False
 
 
 def _restore(attachment: Attachment, training: list[nn.Module], trainable: list[nn.Parameter]) -> None:

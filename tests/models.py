@@ -3,90 +3,122 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.pytorch_utils import Conv1D
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 3, 48, 4, 100
 PAD, BOS, EOS = 0, 1, 2
 
 # A random model whose head is its embedding table repeats what it reads.
 _UNTIED = {"tie_word_embeddings": False}
-_LLAMA = {
-    "num_hidden_layers": LAYERS,
-    "hidden_size": WIDTH,
-    "intermediate_size": 80,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-} | _UNTIED
-_NEOX = {
-    "num_hidden_layers": LAYERS,
-    "hidden_size": WIDTH,
-    "intermediate_size": 80,
-    "num_attention_heads": HEADS,
-    "rotary_pct": 0.5,
+_SHAPE = {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "num_attention_heads": HEADS}
+_LLAMA = _SHAPE | {"intermediate_size": 80, "num_key_value_heads": 2, "head_dim": 16} | _UNTIED
+_GEMMA = _LLAMA | {
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "query_pre_attn_scalar": 16,
 }
-_BUILDERS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, _LLAMA),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, _LLAMA),
-    "gemma3": (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        _LLAMA
-        | {
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-            "query_pre_attn_scalar": 16,
-        },
+_EXPERTS = _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}
+_FALCON = _SHAPE | _UNTIED
+_NEOX = _SHAPE | {"intermediate_size": 80, "rotary_pct": 0.5}
+_OPT = _SHAPE | {"ffn_dim": 80, "word_embed_proj_dim": WIDTH, "max_position_embeddings": 200} | _UNTIED
+
+# By name, the type of the configuration and what is set in it.
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _LLAMA),
+    # A window in all layers, as its first version has.
+    "mistral": ("mistral", _LLAMA | {"sliding_window": 8}),
+    "mixtral": ("mixtral", _EXPERTS),
+    "phi3": ("phi3", _LLAMA),
+    "qwen2": ("qwen2", _LLAMA),
+    "qwen3": ("qwen3", _LLAMA),
+    "olmo2": ("olmo2", _LLAMA),
+    "gemma2": ("gemma2", _GEMMA | {"final_logit_softcapping": 8.0, "attn_logit_softcapping": 4.0}),
+    "gemma3": ("gemma3_text", _GEMMA),
+    "gpt_oss": (
+        "gpt_oss",
+        _EXPERTS | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
-    "gpt2": (GPT2LMHeadModel, GPT2Config, {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS} | _UNTIED),
-    "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, _NEOX),
-    "gpt_neox_serial": (GPTNeoXForCausalLM, GPTNeoXConfig, _NEOX | {"use_parallel_residual": False}),
-    "bloom": (BloomForCausalLM, BloomConfig, {"n_layer": LAYERS, "hidden_size": WIDTH, "n_head": HEADS} | _UNTIED),
+    "gpt2": ("gpt2", {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS} | _UNTIED),
+    "gpt_neox": ("gpt_neox", _NEOX),
+    "gpt_neox_serial": ("gpt_neox", _NEOX | {"use_parallel_residual": False}),
+    "gptj": ("gptj", {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS, "rotary_dim": 8} | _UNTIED),
+    "opt": ("opt", _OPT),
+    # What the 350M model does: norms after the additions, and embeddings that are narrower than the stream.
+    "opt_post_norm": ("opt", _OPT | {"do_layer_norm_before": False}),
+    "opt_narrow": ("opt", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "bloom": ("bloom", {"n_layer": LAYERS, "hidden_size": WIDTH, "n_head": HEADS} | _UNTIED),
+    "falcon": ("falcon", _FALCON),
+    # With alibi, one block after the other, and biases.
+    "falcon_serial": (
+        "falcon",
+        _FALCON | {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
+    ),
+    "falcon_new": ("falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
 }
-ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "bloom"]
-# Also the variant of GPT-NeoX whose attention and feed-forward are not parallel.
-VARIANTS = [*ARCHITECTURES, "gpt_neox_serial"]
+ARCHITECTURES = [
+    "llama",
+    "mistral",
+    "mixtral",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "olmo2",
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "opt",
+    "bloom",
+    "falcon",
+]
+# Also those configurations that change what is added to the residual stream, and where.
+VARIANTS = [*ARCHITECTURES, *(name for name in _CONFIGS if name not in ARCHITECTURES)]
 
 
 def tiny(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of this architecture with weights large enough for every part of it to matter."""
-    model_class, config_class, shape = _BUILDERS[name]
-    config = config_class(vocab_size=VOCABULARY, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, **shape)
-    model = model_class(config)
+    kind, settings = _CONFIGS[name]
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCABULARY, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, **settings
+    )
+    # Some of what GPT-OSS starts from is random.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize(model, seed)
+    return model.to(dtype).eval()
+
+
+def randomize(model: PreTrainedModel, seed: int = 0) -> None:
+    """Fills a model with weights large enough for every part of it to matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
+            module = model.get_submodule(path.rpartition(".")[0])
+            if parameter.dim() == 1 or path.endswith("bias"):
                 # Norms start from 1, or from 0 where they add the 1 themselves; biases from 0.
                 parameter.add_(0.1 * noise)
-            elif isinstance(module := model.get_submodule(path.rpartition(".")[0]), nn.Embedding):
+            elif isinstance(module, nn.Embedding):
                 parameter.copy_(0.5 * noise / getattr(module, "scalar_embed_scale", 1.0))
             else:
-                inputs = parameter.shape[1 if isinstance(module, nn.Linear) else 0]
-                parameter.copy_(2.5 * noise / inputs**0.5)
+                parameter.copy_(2.5 * noise / _inputs(module, parameter) ** 0.5)
     # Every generation runs its full length, whatever a random model says.
     model.generation_config.eos_token_id = None
-    return model.to(dtype).eval()
+
+
+def _inputs(module: nn.Module, weight: torch.Tensor) -> int:
+    """How many numbers the weight sums up: most layers have them last, GPT-2's and GPT-OSS' experts not."""
+    return weight.shape[-2 if isinstance(module, Conv1D | GptOssExperts) else -1]
 
 
 TEMPLATE = (

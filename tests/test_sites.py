@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from models import LAYERS, WIDTH, tiny
-from transformers import MistralConfig, MistralForCausalLM
+from models import BOS, EOS, HEADS, LAYERS, PAD, WIDTH, tiny
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 import steer
 from steer.architectures import ARCHITECTURES, Architecture
@@ -61,34 +61,38 @@ def test_a_layer_that_the_model_does_not_have(lm: steer.FrozenLM) -> None:
 
 def test_widths(lm: steer.FrozenLM) -> None:
     widths = {name: lm.width_at(Site(name, 1)) for name in PER_BLOCK}
-    heads = 64 if lm.model.config.model_type in ("llama", "qwen3", "gemma3_text") else WIDTH
+    # Where the width of a head is set, it is so that all heads are wider than the stream.
+    heads = HEADS * (getattr(lm.model.config, "head_dim", None) or WIDTH // HEADS)
     assert widths == dict.fromkeys(PER_BLOCK, WIDTH) | {"z": heads}
     with pytest.raises(steer.SteerError, match=rf"vectors for z\[1\] are 7 wide, the model is {heads} wide there"):
         lm.steered(edits=[steer.ResidualEdit(Site("z", 1), torch.ones(1, 7))]).__enter__()
 
 
-def mistral() -> MistralForCausalLM:
-    config = MistralConfig(
+def smollm3() -> SmolLM3ForCausalLM:
+    config = SmolLM3Config(
         vocab_size=100,
         hidden_size=WIDTH,
         intermediate_size=80,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
     )
-    return MistralForCausalLM(config).eval()
+    return SmolLM3ForCausalLM(config).eval()
 
 
 def test_another_architecture_is_refused_with_the_way_to_describe_it() -> None:
-    with pytest.raises(steer.SteerError, match="no description of the architecture 'mistral'") as error:
-        steer.wrap(mistral())
-    assert 'register_architecture("mistral", ARCHITECTURES["llama"])' in str(error.value)
+    with pytest.raises(steer.SteerError, match="no description of the architecture 'smollm3'") as error:
+        steer.wrap(smollm3())
+    assert 'register_architecture("smollm3", ARCHITECTURES["llama"])' in str(error.value)
 
 
 def test_another_architecture_can_be_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steer.architectures, "ARCHITECTURES", dict(ARCHITECTURES))
-    steer.register_architecture("mistral", ARCHITECTURES["llama"])
-    model, vector = mistral(), torch.ones(1, WIDTH)
+    steer.register_architecture("smollm3", ARCHITECTURES["llama"])
+    model, vector = smollm3(), torch.ones(1, WIDTH)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), steer.wrap(model) as lm:
         plain = model(ids, output_hidden_states=True).hidden_states[1]

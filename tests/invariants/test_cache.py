@@ -28,6 +28,8 @@ LAYER = cross_attention()
     ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()),
 )
 def test_generation(lm: steer.FrozenLM, settings: dict[str, Any]) -> None:
+    if lm.model.config.model_type == "falcon" and {"cache_implementation", "prefill_chunk_size"} <= settings.keys():
+        pytest.skip("transformers makes this cache for as many keys as there are heads, and this Falcon has one")
     expected = generate(lm, ROWS, LAYER)
     actual = generate(lm, ROWS, LAYER, **settings)
     assert_close(actual.logits, expected.logits)

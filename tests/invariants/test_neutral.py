@@ -56,7 +56,10 @@ def test_all_neutral_edits_together(lm: steer.FrozenLM) -> None:
 
 
 def test_rows_without_a_user_beside_steered_ones(lm: steer.FrozenLM) -> None:
-    """Same shapes for the vectors and the memory, which do not lengthen anything: bit for bit."""
+    """Same shapes for the vectors and the memory, which do not lengthen anything: bit for bit.
+
+    Except in a mixture of experts: each expert takes its tokens from all rows, so their number depends on the others.
+    """
     vectors = VECTORS * torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None]
     memories = [MEMORY, None, MEMORY[:2], None]
     edits = [
@@ -65,7 +68,7 @@ def test_rows_without_a_user_beside_steered_ones(lm: steer.FrozenLM) -> None:
         steer.MemoryEdit.from_rows(steer.Site("resid_mid", 1), cross_attention(), memories),
     ]
     logits, expected = steered(lm, edits), plain(lm, [row.prompt for row in ROWS])
-    assert torch.equal(logits[[1, 3]], expected[[1, 3]])
+    assert_close(logits[[1, 3]], expected[[1, 3]], 1e-6 if lm.model.config.model_type in ("mixtral", "gpt_oss") else 0)
     assert not torch.isclose(logits[[0, 2]], expected[[0, 2]]).all(-1).any()
 
 

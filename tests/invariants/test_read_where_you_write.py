@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from models import LAYERS, VARIANTS, tiny, tokenizer
+from models import LAYERS, VARIANTS, WIDTH, tiny, tokenizer
 from rows import assert_close, text
 from torch import Tensor, nn
 
@@ -41,11 +41,21 @@ def parallel(lm: steer.FrozenLM) -> bool:
     return lm.attachment.architecture.mid is None
 
 
+def post_norm(lm: steer.FrozenLM) -> bool:
+    """Whether the stream itself is normed after every addition."""
+    return not getattr(lm.model.config, "do_layer_norm_before", True)
+
+
 def states(lm: steer.FrozenLM, site: Site | str, prompts: Sequence[list[int]] = HERE) -> Tensor:
     """What the model has at a site, at the last token of each prompt."""
     site = Site.parse(site)
     spans = [Span(ids, 0, len(ids)) for ids in prompts]
     return read(lm, spans, [site], batch_tokens=20)[site.canonical()].pooled
+
+
+def last_site(lm: steer.FrozenLM) -> Site:
+    """What the head reads."""
+    return Site("resid_post", LAST) if lm.attachment.architecture.final_norm is None else Site("ln_final")
 
 
 def run(lm: steer.FrozenLM, prompts: Sequence[list[int]], **kwargs: object) -> tuple[Tensor, list[Tensor]]:
@@ -78,37 +88,46 @@ def test_reading_agrees_with_transformers_hidden_states(lm: steer.FrozenLM) -> N
     assert_close(states(lm, "resid_pre[0]"), hidden[0])
     for layer in range(LAST):
         assert_close(states(lm, f"resid_post[{layer}]"), hidden[layer + 1])
-    # The last entry comes after the final norm.
-    norm = lm.attachment.decoder.get_submodule(lm.attachment.architecture.final_norm)
-    assert_close(norm(states(lm, f"resid_post[{LAST}]")), hidden[-1])
-    assert_close(states(lm, "ln_final"), hidden[-1])
+    # The last entry is what the head reads.
+    last, norm = states(lm, f"resid_post[{LAST}]"), lm.attachment.architecture.final_norm
+    assert_close(last if norm is None else lm.attachment.decoder.get_submodule(norm)(last), hidden[-1])
+    if norm is not None:
+        assert_close(states(lm, "ln_final"), hidden[-1])
 
 
 def test_the_parts_add_up(lm: steer.FrozenLM) -> None:
     logits, _ = run(lm, HERE)
     assert_close(states(lm, "embed"), lm.model.get_input_embeddings()(torch.tensor([ids[-1] for ids in HERE])))
-    assert_close(lm.model.get_output_embeddings()(states(lm, "ln_final")), logits)
+    head, cap = lm.model.get_output_embeddings(), getattr(lm.model.config, "final_logit_softcapping", None)
+    read_by_head = head(states(lm, last_site(lm)))
+    assert_close(read_by_head if cap is None else cap * torch.tanh(read_by_head / cap), logits)
     for layer in range(LAYERS):
         before, after = states(lm, f"resid_pre[{layer}]"), states(lm, f"resid_post[{layer}]")
         attention, feed_forward = states(lm, f"attn_out[{layer}]"), states(lm, f"mlp_out[{layer}]")
-        assert_close(before + attention + feed_forward, after)
-        if not parallel(lm):
-            assert_close(states(lm, f"resid_mid[{layer}]"), before + attention)
         block = lm.attachment.blocks[layer]
+        if post_norm(lm):
+            mid = block.self_attn_layer_norm(before + attention)
+            assert_close(block.final_layer_norm(mid + feed_forward), after)
+        else:
+            mid = before + attention
+            assert_close(mid + feed_forward, after)
+        if not parallel(lm):
+            assert_close(states(lm, f"resid_mid[{layer}]"), mid)
         projected = block.get_submodule(lm.attachment.architecture.z)(states(lm, f"z[{layer}]"))
-        if lm.model.config.model_type == "gemma3_text":
+        if lm.model.config.model_type in ("gemma2", "gemma3_text", "olmo2"):
             projected = block.post_attention_layernorm(projected)
         assert_close(attention, projected)
 
 
 def test_sites_read_together_are_the_sites_read_one_by_one(lm: steer.FrozenLM) -> None:
     names = [name for name in PER_BLOCK if name != "resid_mid" or not parallel(lm)]
-    sites = [Site("embed"), Site("ln_final"), *(Site(name, layer) for name in names for layer in range(LAYERS))]
+    sites = [Site(name, layer) for name in names for layer in range(LAYERS)]
+    sites += [Site("embed"), *([] if last_site(lm).layer is not None else [Site("ln_final")])]
     together = read(lm, [Span(ids, 0, len(ids)) for ids in HERE], sites)
     # The input of a block is the output of the block before.
     assert len(together) == len(sites) - (LAYERS - 1)
     for site in sites:
-        assert_close(together[site.canonical()].pooled, states(lm, site), 1e-6)
+        assert_close(together[site.canonical()].pooled, states(lm, site), 1e-5)
 
 
 RESIDUAL = [
@@ -123,6 +142,8 @@ def test_moving_the_residual_stream_from_one_prompt_to_another(lm: steer.FrozenL
     """All that the last position passes on goes through such a site, and what it looks back at is the same."""
     if "mid" in site and parallel(lm):
         pytest.skip("attention and feed-forward are parallel")
+    if site == "ln_final" and last_site(lm).layer is not None:
+        pytest.skip("the head reads the last block")
     there, hidden_there = run(lm, THERE)
     difference = states(lm, site, THERE) - states(lm, site, HERE)
     logits, hidden = steered(lm, site, difference)
@@ -137,6 +158,8 @@ def test_moving_the_residual_stream_from_one_prompt_to_another(lm: steer.FrozenL
 @pytest.mark.parametrize("name", ["attn_out", "mlp_out"])
 def test_what_a_part_adds_is_added_to_the_residual_stream(lm: steer.FrozenLM, name: str, layer: int) -> None:
     """The difference that the stream has after the part, put into the part, moves the stream."""
+    if post_norm(lm):
+        pytest.skip("the stream is normed after the addition")
     after = "resid_mid" if name == "attn_out" and not parallel(lm) else "resid_post"
     difference = states(lm, f"{after}[{layer}]", THERE) - states(lm, f"{after}[{layer}]", HERE)
     assert_close(steered(lm, f"{name}[{layer}]", difference)[0], run(lm, THERE)[0])
@@ -151,7 +174,10 @@ def test_parts_are_moved_as_a_hook_by_hand_would(lm: steer.FrozenLM, name: str) 
     )
 
     def replace_last(hidden: Tensor) -> Tensor:
-        return torch.cat([hidden[:, :-1], there[:, None]], dim=1)
+        shape = hidden.shape
+        # OPT's feed-forward sees rows and positions as one dimension.
+        hidden = hidden.view(len(HERE), -1, shape[-1])
+        return torch.cat([hidden[:, :-1], there[:, None]], dim=1).view(shape)
 
     def before(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         return (replace_last(args[0]),)
@@ -182,7 +208,7 @@ def test_transformers_capture_shows_the_steered_values(name: str, captured_befor
 
 
 def test_gradients_pass_the_place_that_is_edited_in_place(lm: steer.FrozenLM) -> None:
-    """By finite differences, in the direction of the gradient."""
+    """By finite differences, in the direction of the gradient. Small ones, as OPT has a ReLU."""
     site = lm.memory_site(Site("resid_mid", 1))
 
     def loss(vectors: Tensor) -> Tensor:
@@ -193,9 +219,9 @@ def test_gradients_pass_the_place_that_is_edited_in_place(lm: steer.FrozenLM) ->
     vectors = torch.zeros(1, lm.width, requires_grad=True)
     loss(vectors).backward()
     assert vectors.grad is not None
-    step = 0.05 * vectors.grad / vectors.grad.norm()
+    step = 0.001 * vectors.grad / vectors.grad.norm()
     with torch.no_grad():
-        slope = (loss(step) - loss(-step)) / (2 * 0.05)
+        slope = (loss(step) - loss(-step)) / (2 * 0.001)
     assert slope.item() == pytest.approx(vectors.grad.norm().item(), rel=0.05)
     assert slope > 0.01
 
@@ -203,6 +229,23 @@ def test_gradients_pass_the_place_that_is_edited_in_place(lm: steer.FrozenLM) ->
 def test_a_site_that_the_architecture_does_not_have() -> None:
     with steer.wrap(tiny("gpt_neox")) as lm, pytest.raises(steer.SteerError, match=r"parallel.*use resid_post\[1\]"):
         lm.declare("resid_mid[1]")
+
+
+def test_the_head_of_a_model_without_a_final_norm() -> None:
+    with steer.wrap(tiny("opt_post_norm")) as lm, pytest.raises(steer.SteerError, match=r"head reads resid_post\[2\]"):
+        lm.declare("ln_final")
+
+
+def test_embeddings_that_are_narrower_than_the_stream() -> None:
+    with steer.wrap(tiny("opt_narrow"), tokenizer()) as lm:
+        assert lm.width == WIDTH
+        assert [lm.width_at(Site(name)) for name in ("embed", "ln_final")] == [32, 32]
+        prefix = steer.PrefixEdit.from_rows([torch.randn(2, 32)], 32)
+        assert lm.generate_tokens(["x"], edits=[prefix], max_new_tokens=4) != lm.generate_tokens(
+            ["x"], max_new_tokens=4
+        )
+        with pytest.raises(steer.SteerError, match="prefixes are 48 wide, the model is 32 wide there"):
+            lm.generate(["x"], edits=[steer.PrefixEdit.from_rows([torch.randn(2, WIDTH)], WIDTH)])
 
 
 def test_nothing_is_read_while_the_model_is_steered(llama: steer.FrozenLM) -> None:

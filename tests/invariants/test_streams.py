@@ -156,14 +156,12 @@ def test_sampling_warps_the_mixture_once(lm: steer.FrozenLM, monkeypatch: pytest
 
 
 def test_tokens_that_the_model_rules_out_do_not_become_nan(lm: steer.FrozenLM) -> None:
-    def rule_out(module: Any, args: Any, logits: Tensor) -> Tensor:
-        logits = logits.clone()
-        logits[..., 5:50] = float("-inf")
+    def rule_out(module: Any, args: Any, output: Any) -> None:
+        output.logits[..., 5:50] = float("-inf")
         # And one of them in the streams without context only.
-        logits[4:, :, 60] = float("-inf")
-        return logits
+        output.logits[4:, :, 60] = float("-inf")
 
-    handle = lm.model.get_output_embeddings().register_forward_hook(rule_out)
+    handle = lm.model.register_forward_hook(rule_out)
     outputs = [generate(lm), generate(lm, do_sample=True, seeds=[1, 2, 3, 4]), generate(lm, do_sample=True)]
     handle.remove()
     for output in outputs:

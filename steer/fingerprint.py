@@ -1,0 +1,91 @@
+"""The fingerprint of a model: its architecture and samples of the weights that run, independent of dtype and device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from steer.interop.peers import named_parameters
+from steer.state import Fingerprint
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+_SAMPLES = 256
+_ARCHITECTURE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+)
+# What PEFT calls the module that it wraps.
+_WRAPPED_NAMES = ("base_layer.", "original_module.")
+
+
+class Fingerprints:
+    """The fingerprints of one decoder: one for each choice of PEFT adapters, as they change what it computes."""
+
+    def __init__(self, decoder: PreTrainedModel) -> None:
+        self._decoder = decoder
+        self._adapted: list[Any] = [module for module in decoder.modules() if hasattr(module, "adapter_layer_names")]
+        self._known: dict[object, Fingerprint] = {}
+
+    def current(self) -> Fingerprint:
+        """That of the weights that run at present."""
+        # PEFT switches all modules together.
+        running = [(*_running(module), *module.merged_adapters) for module in self._adapted[:1]]
+        if str(running) not in self._known:
+            self._known[str(running)] = self._take()
+        return self._known[str(running)]
+
+    def _take(self) -> Fingerprint:
+        config = self._decoder.config
+        shape = {key: getattr(config, key, None) for key in _ARCHITECTURE_KEYS}
+        name = f"{config.model_type}-{config.num_hidden_layers}x{config.hidden_size}"
+        adapters = dict(self._adapters())
+        own = [p for _, p in sorted(_plain_names(self._decoder)) if p not in adapters]
+        words = _samples(own) + _samples([parameter for parameter, runs in adapters.items() if runs])
+        return Fingerprint(name, repr(sorted(shape.items())), tuple(words))
+
+    def _adapters(self) -> Iterator[tuple[nn.Parameter, bool]]:
+        """Parameters of all adapters, and whether they run."""
+        for module in self._adapted:
+            for kind in module.adapter_layer_names:
+                for adapter, part in attrgetter(kind)(module).items():
+                    for parameter in part.parameters() if hasattr(part, "parameters") else [part]:
+                        yield parameter, adapter in _running(module)
+
+
+def _running(module: Any) -> Sequence[str]:
+    """Names of the adapters that a module adds to its output; merged ones are part of its weights."""
+    return [] if module.disable_adapters or module.merged_adapters else module.active_adapters
+
+
+def _plain_names(decoder: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in named_parameters(decoder):
+        for wrapped in _WRAPPED_NAMES:
+            name = name.replace(wrapped, "")
+        yield name, parameter
+
+
+def _samples(parameters: Sequence[Tensor]) -> list[int]:
+    """Bit patterns in bfloat16 of weights that are spread over the parameters and within them."""
+    if not parameters:
+        return []
+    chosen = [(i, parameters[i * len(parameters) // _SAMPLES]) for i in range(_SAMPLES)]
+    # The multiplier is Knuth's, prime to every size.
+    values = [_flat(weight)[i * 2654435761 % weight.numel()].cpu().float() for i, weight in chosen if weight.numel()]
+    return [word & 0xFFFF for word in torch.stack(values).to(torch.bfloat16).view(torch.int16).tolist()]
+
+
+def _flat(weight: Tensor) -> Tensor:
+    """The numbers of a weight; quantized ones mostly come as a kind of tensor that has few operations of its own."""
+    plain = type(weight.data) is torch.Tensor
+    return (weight.detach() if plain else weight.detach().dequantize()).flatten()
