@@ -36,6 +36,11 @@ def lm(request: pytest.FixtureRequest) -> Any:
         yield lm
 
 
+# Variants of OPT whose stream ends in a block's own norm, or goes through a projection.
+NO_FINAL_NORM = ("opt_post_norm", "opt_narrow")
+NORMED = [name for name in VARIANTS if name not in NO_FINAL_NORM]
+
+
 def drawn(lm: steer.FrozenLM, count: int = 3) -> torch.Tensor:
     return torch.randn(count, lm.width, generator=torch.Generator().manual_seed(1))
 
@@ -57,6 +62,7 @@ def expected_logits(lm: steer.FrozenLM, vector: torch.Tensor) -> np.ndarray:
 # The lens.
 
 
+@pytest.mark.parametrize("lm", NORMED, indirect=True)
 def test_lens_is_the_norm_s_scale_and_the_unembedding(lm: steer.FrozenLM) -> None:
     vectors = dict(zip("abc", drawn(lm), strict=True))
     found = lens(lm, vectors, k=4)
@@ -72,6 +78,7 @@ def test_lens_is_the_norm_s_scale_and_the_unembedding(lm: steer.FrozenLM) -> Non
             assert token.text == visible(lm.tokenizer.convert_ids_to_tokens(token.id))
 
 
+@pytest.mark.parametrize("lm", NORMED, indirect=True)
 def test_lens_is_the_slope_of_the_model_s_logits_at_the_last_block(lm: steer.FrozenLM) -> None:
     """Across the stream: along it, a direction changes nothing but the length, which the norm takes away again."""
     if getattr(lm.model.config, "final_logit_softcapping", None):
@@ -91,6 +98,12 @@ def test_lens_is_the_slope_of_the_model_s_logits_at_the_last_block(lm: steer.Fro
     slope = (up - down) / 0.06
     expected = direction_logits(lm, vector[None])[0]
     assert (slope - expected).abs().max() < 3e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", NO_FINAL_NORM)
+def test_lens_refuses_models_without_a_final_norm(name: str) -> None:
+    with steer.wrap(tiny(name), tokenizer()) as lm, pytest.raises(steer.SteerError, match="through a norm"):
+        lens(lm, drawn(lm, 1)[0])
 
 
 def test_lens_ranks_tokens_and_no_spare_rows_of_the_head() -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 from torch.func import functional_call
 
 from steer.errors import SteerError
@@ -172,14 +173,13 @@ def direction_logits(lm: FrozenLM, vectors: Float[Tensor, "direction d"]) -> Flo
     """What directions add to the logits per dose by the direct path, in float32, not centred.
 
     Raises:
-        SteerError: the model has no head, or one that does not read the stream itself.
+        SteerError: the model has no unembedding, or not only a norm between the stream and that.
     """
     head: Any = lm.model.get_output_embeddings()
-    if head is None or head.weight.shape[1] != lm.width:
-        raise SteerError(
-            "this model has no unembedding that reads the residual stream, so its directions have no tokens"
-        )
-    scale, centres = _final_norm(lm)
+    path = lm.attachment.architecture.final_norm
+    if path is None or head is None or head.weight.shape[1] != lm.width:
+        raise SteerError("the lens needs a model whose residual stream goes through a norm and an unembedding, no more")
+    scale, centres = _scale_of(lm.attachment.decoder.get_submodule(path), lm.width)
     unit = vectors.float() / vectors.float().norm(dim=1, keepdim=True)
     if centres:
         unit = unit - unit.mean(1, keepdim=True)
@@ -187,23 +187,22 @@ def direction_logits(lm: FrozenLM, vectors: Float[Tensor, "direction d"]) -> Flo
     return torch.cat([rows.float() @ read for rows in head.weight.detach().split(_ROWS_AT_ONCE)]).T.cpu()
 
 
-def _final_norm(lm: FrozenLM) -> tuple[Float[Tensor, " d"], bool]:
-    """The scale of the final norm, and whether it subtracts the mean.
+def _scale_of(norm: nn.Module, width: int) -> tuple[Float[Tensor, " d"], bool]:
+    """The scale of a norm, and whether it subtracts the mean.
 
     Both are asked of the norm itself: the scale is its weight in Llama and 1 + weight in Gemma.
     """
-    norm = lm.attachment.decoder.get_submodule(lm.attachment.architecture.final_norm)
     weights = {name: parameter.detach().float() for name, parameter in norm.named_parameters()}
 
     def output(values: Tensor) -> Tensor:
         return functional_call(norm, weights, (values,))
 
-    ones = torch.ones(lm.width, device=next(iter(weights.values())).device)
+    ones = torch.ones(width, device=next(iter(weights.values())).device)
     bias = output(torch.zeros_like(ones))
     # The mean is 0, so that a norm which subtracts it leaves it alone; the root mean square is √(d−1).
     probe = ones.clone()
-    probe[0] = 1 - lm.width
-    scale = (output(probe) - bias) * (lm.width - 1) ** 0.5 / probe
+    probe[0] = 1 - width
+    scale = (output(probe) - bias) * (width - 1) ** 0.5 / probe
     return scale, torch.allclose(output(ones), bias)
 
 
