@@ -52,11 +52,13 @@ def final_norm(lm: steer.FrozenLM) -> nn.Module:
 def expected_logits(lm: steer.FrozenLM, vector: torch.Tensor) -> np.ndarray:
     """By the architectures' definitions, in float64."""
     norm, head = final_norm(lm), lm.model.get_output_embeddings()
+    with torch.no_grad():
+        rows = (head(torch.eye(lm.width)) - head(torch.zeros(lm.width))).T
     scale = norm.weight.detach().double().numpy() + (1.0 if type(norm).__name__.startswith("Gemma") else 0.0)
     unit = vector.double().numpy() / np.linalg.norm(vector.double().numpy())
     if isinstance(norm, nn.LayerNorm):
         unit = unit - unit.mean()
-    return np.sqrt(lm.width) * (head.weight.detach().double().numpy() @ (scale * unit))
+    return np.sqrt(lm.width) * (rows.double().numpy() @ (scale * unit))
 
 
 # The lens.

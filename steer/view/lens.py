@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from rich.table import Table
@@ -175,16 +175,27 @@ def direction_logits(lm: FrozenLM, vectors: Float[Tensor, "direction d"]) -> Flo
     Raises:
         SteerError: the model has no unembedding, or not only a norm between the stream and that.
     """
-    head: Any = lm.model.get_output_embeddings()
+    head = cast(nn.Module, lm.model.get_output_embeddings())
     path = lm.attachment.architecture.final_norm
-    if path is None or head is None or head.weight.shape[1] != lm.width:
+    if path is None or getattr(head, "in_features", None) != lm.width:
         raise SteerError("the lens needs a model whose residual stream goes through a norm and an unembedding, no more")
     scale, centres = _scale_of(lm.attachment.decoder.get_submodule(path), lm.width)
     unit = vectors.float() / vectors.float().norm(dim=1, keepdim=True)
     if centres:
         unit = unit - unit.mean(1, keepdim=True)
-    read = lm.width**0.5 * (unit * scale.to(unit)).T.to(head.weight.device)
-    return torch.cat([rows.float() @ read for rows in head.weight.detach().split(_ROWS_AT_ONCE)]).T.cpu()
+    return _unembed(head, lm.width**0.5 * unit * scale.to(unit)).cpu()
+
+
+@torch.no_grad()
+def _unembed(head: nn.Module, values: Float[Tensor, "direction d"]) -> Float[Tensor, "direction vocab"]:
+    weight = cast("Tensor", head.weight)
+    if type(head) is nn.Linear:
+        # In float32 whatever the model's dtype, and in parts, as a copy of the whole table may be large.
+        columns = values.T.to(weight.device)
+        return torch.cat([rows.float() @ columns for rows in weight.split(_ROWS_AT_ONCE)]).T
+    # A quantized head, or one with an adapter, is asked itself.
+    inputs = values.to(weight.device, weight.dtype)
+    return (head(inputs) - head(torch.zeros_like(inputs))).float()
 
 
 def _scale_of(norm: nn.Module, width: int) -> tuple[Float[Tensor, " d"], bool]:
