@@ -192,7 +192,10 @@ def _final_norm(lm: FrozenLM) -> tuple[Float[Tensor, " d"], bool]:
 
     Both are asked of the norm itself: the scale is its weight in Llama and 1 + weight in Gemma.
     """
-    norm = lm.attachment.decoder.get_submodule(lm.attachment.architecture.final_norm)
+    path = lm.attachment.architecture.final_norm
+    if path is None:
+        return torch.ones(lm.width), False
+    norm = lm.attachment.decoder.get_submodule(path)
     weights = {name: parameter.detach().float() for name, parameter in norm.named_parameters()}
 
     def output(values: Tensor) -> Tensor:
