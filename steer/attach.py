@@ -45,12 +45,14 @@ class Slot:
     def run(self, hidden: Tensor) -> Tensor:
         positions = self._attachment.positions
         # OPT's feed-forward sees rows and positions as one dimension.
-        flat = hidden.dim() == 2 and positions is not None
-        if flat:
-            hidden = hidden.unflatten(0, (-1, positions.shape[1]))
+        if hidden.dim() == 2 and positions is not None:
+            return self._apply(hidden.unflatten(0, (-1, positions.shape[1]))).flatten(0, 1)
+        return self._apply(hidden)
+
+    def _apply(self, hidden: Tensor) -> Tensor:
         for operator in self.operators:
             hidden = operator(hidden)
-        return hidden.flatten(0, 1) if flat else hidden
+        return hidden
 
 
 class Place(NamedTuple):

@@ -79,9 +79,10 @@ def own_answers(lm: FrozenLM, prompts: Sequence[str], tokens: int) -> list[str]:
     settings = lm.model.generation_config.to_json_string(ignore_metadata=True)
     model = key_of("answer", 1, model_key(lm), settings, tokens)
     keys = [key_of(model, own) for own in ids]
-    cache: Cache | None = answers_cache()
     known: dict[str, str] = {}
+    cache: Cache | None = None
     try:
+        cache = answers_cache()
         known = {key: value.decode() for key, value in cache.get(keys).items()}
     except SteerError as error:
         warnings.warn(f"the model's answers are not kept: {error}", stacklevel=2)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from safetensors.torch import load, save
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from steer.cache import Cache, key_of, model_key
 from steer.encoders import last_token, mean_over_response, median_norm
@@ -292,7 +293,7 @@ class _Past:
         # the window is then the mask's business alone, and layers above the last site need no mention.
         cache = DynamicCache()
         for i, layer in enumerate(self.cache.layers):
-            keys, values = layer.keys, layer.values
+            keys, values = cast(DynamicLayer, layer).keys, cast(DynamicLayer, layer).values
             assert keys is not None and values is not None
             cache.update(keys[chosen.to(keys.device)], values[chosen.to(values.device)], i)
         return _Past(cache, self.mask[chosen])

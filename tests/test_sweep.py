@@ -68,14 +68,14 @@ def made_up() -> Sweep:
     own = torch.tensor([[[-0.02, -0.05, 0.9], [0.01, -0.03, 1.4]], [[-0.04, -0.01, 0.7], [0.03, -0.05, 1.0]]])
     sites = tuple(steer.Site("resid_post", layer) for layer in LAYERS)
     base = torch.tensor([3.0, 2.0])
-    return Sweep(("<ann>", "bob"), sites, (0.5, 1.0, 4.0), "strength", base, own, own / 2, 1, (10, 20))
+    return Sweep(("<ann>", "bob"), sites, (0.5, 1.0, 4.0), "strength", base, own, own / 4, 1, (10, 20))
 
 
 def test_maps_are_means_over_users() -> None:
     found = made_up()
     expected = [[-0.03, -0.03, 0.8], [0.02, -0.04, 1.2]]
     torch.testing.assert_close(found.maps()["own − none"], torch.tensor(expected))
-    torch.testing.assert_close(found.maps()["own − others'"], torch.tensor(expected) / 2)
+    torch.testing.assert_close(found.maps()["own − others'"], torch.tensor(expected) * 3 / 4)
     assert found.best() == (steer.Site("resid_post", 2), 1.0)
     written = json.loads(json.dumps(found.to_json()))
     assert written["best"] == {"site": "resid_post[2]", "strength": 1.0}

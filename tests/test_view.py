@@ -369,6 +369,7 @@ def people(llama: steer.FrozenLM, histories: list[steer.History], tmp_path: Path
     method = steer.StyleVector(layer=[0, 1], neutral="field:bland")
     bank = steer.Bank(tmp_path / "people.bank")
     bank.update({(history.user_id, "style"): method.fit(llama, history) for history in histories})
+    bank["ann", "context"] = steer.CoS().state("likes tea")
     return bank.path
 
 
