@@ -105,6 +105,8 @@ def _sites(states: Mapping[str, UserState]) -> list[Site]:
     kinds = {state.provenance.sites for state in states.values()}
     if len(kinds) > 1:
         raise SteerError("these states are at different sites, so no sweep over sites could compare them")
+    if not any(kinds):
+        raise SteerError("these states enter at no site of the residual stream, so there is nothing to sweep over")
     return [Site.parse(site).canonical() for site in next(iter(kinds))]
 
 

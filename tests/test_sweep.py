@@ -109,6 +109,7 @@ def test_what_is_refused(llama: steer.FrozenLM, histories: list[steer.History]) 
         ((later, states, []), "at least one"),
         (([], states, [1.0]), "no records"),
         ((later, mixed, [1.0]), "different sites"),
+        ((later, {user: steer.CoS().state("likes tea") for user in states}, [1.0]), "no site"),
     ):
         records, fits, *rest = arguments
         with pytest.raises(steer.SteerError, match=message):
