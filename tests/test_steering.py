@@ -206,12 +206,13 @@ def test_a_closed_block_leaves_nothing_of_its_users(llama: steer.FrozenLM) -> No
 
     def left() -> list[Tensor]:
         pool = llama.operators
-        memory = [tensor for attending in pool.attending.values() for tensor in (attending.keys, attending.values)]
-        found = [*(editing.vectors for editing in pool.editing.values()), *memory, pool.overwriting.values]
+        found = [tensor for editing in pool.editing.values() for tensor in (getattr(editing, n) for n in editing.held)]
+        found += [tensor for attending in pool.attending.values() for tensor in (attending.keys, attending.values)]
+        found += [pool.overwriting.values, *(gate.marked for gate in pool.marked.values())]
         return [tensor for tensor in found if tensor is not None]
 
     with llama.steered(edits=edits) as steering:
-        assert len(left()) == 5
+        assert len(left()) == 16
         assert all((tensor != 0).any() for tensor in left())
         llama.model.generate(**steering.prepare(["a", "b"]), **steering.generate_kwargs(), max_new_tokens=2)
     assert all((tensor == 0).all() for tensor in left())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import WIDTH, tiny, tokenizer
-from rows import MEMORY_WIDTH, Generated, Row, assert_close, cross_attention, edits_of, generate
+from rows import MARKED, MEMORY_WIDTH, RANK, Generated, Row, assert_close, cross_attention, edits_of, generate
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -23,6 +23,9 @@ SMALL = "gpt2"
 LATER = pytest.mark.full
 PROMPTS = ["a prompt", "x", "another, longer one", "the last"]
 MIDDLE = steer.Site("resid_mid", 1)
+# Two of vectors, 2 + 4 + 4 of the other residual edits, 4 starts and 1 of marks, 12 of the condition, 3 of the memory
+# and 2 of the prefix.
+BUFFERS = 34
 
 
 @pytest.fixture
@@ -54,6 +57,11 @@ def batch(seed: int, slots: Sequence[int] = (4, 3)) -> list[Row]:
             prefix=normal(slots[1] if i == 0 else min((seed + i) % 3, slots[1]), WIDTH),
             context=f"context {i}",
             lam=float(i - seed),
+            turn=normal(1, WIDTH)[0],
+            clamp=normal(1, WIDTH)[0],
+            marks=normal(1, MARKED)[0] > 0,
+            reft=normal(RANK, 2 * WIDTH + 1) / WIDTH**0.5,
+            condition=normal(1, WIDTH)[0],
         )
         for i, prompt in enumerate(PROMPTS)
     ]
@@ -82,14 +90,12 @@ def forward(lm: steer.FrozenLM, call, rows: Sequence[Row]) -> Tensor:  # type: i
 
 
 def buffers(lm: steer.FrozenLM) -> list[int]:
+    """Where everything lies that the operators keep between forward passes."""
     pool = lm.operators
-    tensors = [editing.vectors for editing in pool.editing.values()]
-    tensors += [gate.first for gate in pool.gates.values()]
-    tensors += [
-        t for attending in pool.attending.values() for t in (attending.keys, attending.values, attending.visible)
-    ]
-    tensors += [pool.overwriting.values, pool.overwriting.lengths]
-    return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+    keepers = [*pool.gates.values(), *pool.marked.values(), *pool.deciding.values(), *pool.editing.values()]
+    keepers += [*pool.attending.values(), pool.overwriting]
+    held = [tensor for keeper in keepers for name, tensor in sorted(vars(keeper).items()) if name != "marks"]
+    return [tensor.data_ptr() for tensor in held if isinstance(tensor, torch.Tensor)]
 
 
 def test_a_forward_pass_is_one_graph_for_all_users(arch: str) -> None:
@@ -106,7 +112,7 @@ def test_a_forward_pass_is_one_graph_for_all_users(arch: str) -> None:
         results.append(forward(lm, compiled, weaker))
     assert counter.frame_count == 1
     # The same buffers, with other values.
-    assert len(places[0]) == 9
+    assert len(places[0]) == BUFFERS
     assert places == [places[0]] * 4
     for result, rows in zip(results, [*map(batch, range(4)), weaker], strict=True):
         assert_close(result, forward(lm, lm.model, rows))
@@ -119,7 +125,7 @@ def test_other_users_are_written_into_the_same_buffers(small: steer.FrozenLM) ->
     for seed in range(3):
         generate(small, [row.without_context() for row in batch(seed)], cross_attention())
         places.append(buffers(small))
-    assert len(places[0]) == 9
+    assert len(places[0]) == BUFFERS
     assert places == [places[0]] * 3
 
 
