@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 
 import steer
+from steer.inject import Edit, SiteEdit
 
 # Small graphs, for what does not depend on the architecture.
 SMALL = "gpt2"
@@ -76,9 +77,24 @@ def prepared(name: str) -> steer.FrozenLM:
     return lm
 
 
-def forward(lm: steer.FrozenLM, call, rows: Sequence[Row]) -> Tensor:  # type: ignore[no-untyped-def]
+def otherwise(edits: Sequence[Edit]) -> list[Edit]:
+    """The same edits at other strengths, with other targets, thresholds, limits, marks and sides."""
+    strengths = torch.tensor([0.5, 0.0, 2.0, -1.0])
+    changed = [edit.at_strength(strengths) if isinstance(edit, SiteEdit) else edit for edit in edits]
+    for i, edit in enumerate(changed):
+        if isinstance(edit, steer.ProjectionEdit):
+            assert isinstance(edit.positions, Tensor)
+            changed[i] = replace(edit, targets=-3 * strengths, positions=~edit.positions, limit="at_least")
+        elif isinstance(edit, steer.LowRankEdit) and edit.condition is not None:
+            changed[i] = replace(edit, condition=replace(edit.condition, thresholds=0.1 * strengths, acts="below"))
+    return changed
+
+
+def forward(  # type: ignore[no-untyped-def]
+    lm: steer.FrozenLM, call, rows: Sequence[Row], change: Callable[[Sequence[Edit]], Sequence[Edit]] = list
+) -> Tensor:
     """Logits of one forward pass over 24 tokens, whatever of them belongs to the rows' prompts."""
-    edits = edits_of(rows, cross_attention())[:-1]
+    edits = change(edits_of(rows, cross_attention())[:-1])
     ids = torch.randint(5, 100, (len(rows), 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -110,13 +126,15 @@ def test_a_forward_pass_is_one_graph_for_all_users(arch: str) -> None:
         rows = batch(0)
         weaker = [replace(row, vector=None if row.vector is None else 0.1 * row.vector) for row in rows]
         results.append(forward(lm, compiled, weaker))
+        changed = forward(lm, compiled, rows, otherwise)
     assert counter.frame_count == 1
     # The same buffers, with other values.
     assert len(places[0]) == BUFFERS
     assert places == [places[0]] * 4
     for result, rows in zip(results, [*map(batch, range(4)), weaker], strict=True):
         assert_close(result, forward(lm, lm.model, rows))
-    for other in results[1:]:
+    assert_close(changed, forward(lm, lm.model, batch(0), otherwise))
+    for other in [*results[1:], changed]:
         assert (other - results[0]).abs().max() > 0.1
 
 
