@@ -166,6 +166,19 @@ def test_a_second_forward_pass_decides_anew(llama: steer.FrozenLM) -> None:
             assert_close(steering.decisions[0].similarities.double(), expected[turn], 1e-5)
 
 
+def test_of_a_conversation_that_continues_a_cache_the_new_tokens_decide(llama: steer.FrozenLM) -> None:
+    prompt, condition = PROMPTS[2], Condition(READ, DIRECTIONS[:1], torch.zeros(1))
+    ids = llama.tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        h = llama.model(ids, output_hidden_states=True).hidden_states[1][0, 8:].mean(0)
+        cache = llama.model(ids[:, :8]).past_key_values
+        edit = ResidualEdit(SITE, VECTORS[:1], condition=condition)
+        with llama.steered(edits=[edit], prompt_lengths=[len(prompt)]) as steering:
+            llama.model(ids[:, 8:], attention_mask=torch.ones_like(ids), past_key_values=cache)
+    squashed = torch.tanh((h @ DIRECTIONS[0]) / DIRECTIONS[0].square().sum() * DIRECTIONS[0])
+    assert_close(steering.decisions[0].similarities, torch.cosine_similarity(h, squashed, dim=0)[None], 1e-5)
+
+
 def test_several_conditions_and_none(llama: steer.FrozenLM) -> None:
     """Each with a decision of its own; edits that carry the same one share it."""
     first, second = edit(llama), edit(llama, acts="below")
