@@ -1,4 +1,4 @@
-"""Rows to steer by all four edits at once, and what the model makes of them."""
+"""Rows to steer by every kind of edit at once, and what the model makes of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from models import WIDTH
 from torch import Tensor
 
 import steer
+from steer import Condition, LowRankEdit, ProjectionEdit, ResidualEdit, Site
 from steer.inject import Edit, GatedCrossAttention
 
 MEMORY_WIDTH = 20
+# Of the low-rank maps, and the width of the marks.
+RANK, MARKED = 2, 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +31,14 @@ class Row:
     memory: Tensor | None = None
     context: str | None = None
     lam: float = 0.0
+    # Added with the norm kept, in the prompt.
+    turn: Tensor | None = None
+    # A direction to clamp, at marked positions.
+    clamp: Tensor | None = None
+    marks: Tensor | None = None
+    # R, W and b of a low-rank map, side by side, and the direction of its condition.
+    reft: Tensor | None = None
+    condition: Tensor | None = None
 
     def without_context(self) -> Row:
         return replace(self, context=None, lam=0.0)
@@ -38,7 +49,7 @@ def text(rng: random.Random, shortest: int = 1, longest: int = 24) -> str:
 
 
 def random_row(seed: int, share: float = 0.7) -> Row:
-    """A row that has each of the four edits with a probability of `share`."""
+    """A row that has each of the edits with a probability of `share`."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
 
     def maybe(rows: int, width: int, scale: float) -> Tensor | None:
@@ -52,6 +63,11 @@ def random_row(seed: int, share: float = 0.7) -> Row:
         memory=maybe(rng.randint(1, 5), MEMORY_WIDTH, 1.0),
         context=text(rng, 3, 12).strip(" ") or "x" if rng.random() < share else None,
         lam=rng.choice([-1.5, -0.5, 0.5, 1.0, 2.0]),
+        turn=None if (turn := maybe(1, WIDTH, 1.0)) is None else turn[0],
+        clamp=None if (clamp := maybe(1, WIDTH, 1.0)) is None else clamp[0],
+        marks=torch.rand(MARKED, generator=generator) < 0.5,
+        reft=maybe(RANK, 2 * WIDTH + 1, WIDTH**-0.5),
+        condition=None if (condition := maybe(1, WIDTH, 1.0)) is None else condition[0],
     )
 
 
@@ -65,17 +81,37 @@ def cross_attention(gate: float = 1.0) -> GatedCrossAttention:
 
 
 def edits_of(rows: Sequence[Row], layer: GatedCrossAttention) -> list[Edit]:
-    """All four edits, the residual one at two sites and from two starts."""
-    vectors = torch.stack([torch.zeros(2, WIDTH) if row.vector is None else row.vector for row in rows])
+    """All kinds of edits: plain vectors at two sites and from two starts, then the rest, the streams last."""
+    vectors = stack([row.vector for row in rows], 2, WIDTH)
+    maps = stack([row.reft for row in rows], RANK, 2 * WIDTH + 1)
+    condition = Condition(Site("resid_post", 0), stack([row.condition for row in rows], WIDTH), torch.zeros(len(rows)))
+    marks = torch.stack([torch.zeros(MARKED) if row.marks is None else row.marks for row in rows]).bool()
     contexts = [row.context for row in rows]
     lams = torch.tensor([0.0 if row.context is None else row.lam for row in rows])
     return [
-        steer.ResidualEdit(steer.Site("resid_post", 1), vectors[:, 0]),
-        steer.ResidualEdit(steer.Site("resid_post", 0), vectors[:, 1], positions="all"),
+        ResidualEdit(Site("resid_post", 1), vectors[:, 0]),
+        ResidualEdit(Site("resid_post", 0), vectors[:, 1], positions="all"),
+        ResidualEdit(Site("resid_post", 0), stack([row.turn for row in rows], WIDTH), "prompt", keep_norm=True),
+        ProjectionEdit(
+            Site("resid_post", 1), stack([row.clamp for row in rows], WIDTH), torch.full((len(rows),), 2.0), marks
+        ),
+        LowRankEdit(
+            Site("resid_post", 1),
+            maps[..., :WIDTH],
+            maps[..., WIDTH:-1],
+            10 * maps[..., -1],
+            positions="generated",
+            condition=condition,
+        ),
         steer.PrefixEdit.from_rows([row.prefix for row in rows], WIDTH),
-        steer.MemoryEdit.from_rows(steer.Site("resid_mid", 1), layer, [row.memory for row in rows]),
+        steer.MemoryEdit.from_rows(Site("resid_mid", 1), layer, [row.memory for row in rows]),
         steer.StreamEdit(contexts, lams),
     ]
+
+
+def stack(values: Sequence[Tensor | None], *shape: int) -> Tensor:
+    """One a row; zeros for rows without."""
+    return torch.stack([torch.zeros(shape) if value is None else value for value in values])
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def test_prompts_decide(lm: steer.FrozenLM) -> None:
     below, (opposite,) = logits(lm, [edit(lm, acts="below")])
     assert opposite.acts.tolist() == [False, True, True, True]
     assert (below[:3, 0] != actual[:3, 0]).any(-1).all()
-    assert torch.equal(below[3], actual[3])
+    assert_close(below[3], actual[3], 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,8 @@ def test_prompts_decide(lm: steer.FrozenLM) -> None:
     ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()),
 )
 def test_decisions_do_not_depend_on_the_cache_or_on_chunks(lm: steer.FrozenLM, settings: dict[str, Any]) -> None:
+    if lm.model.config.model_type == "falcon" and {"cache_implementation", "prefill_chunk_size"} <= settings.keys():
+        pytest.skip("transformers makes this cache for as many keys as there are heads, and this Falcon has one")
     expected, (before,) = logits(lm, [edit(lm)])
     actual, (decision,) = logits(lm, [edit(lm)], **settings)
     assert_close(actual, expected)
@@ -164,6 +166,19 @@ def test_a_second_forward_pass_decides_anew(llama: steer.FrozenLM) -> None:
             mask = torch.cat([batch(llama, "left")["attention_mask"], torch.ones_like(new)], dim=1)
             llama.model(torch.full_like(new, 9), attention_mask=mask, position_ids=new, past_key_values=cache)
             assert_close(steering.decisions[0].similarities.double(), expected[turn], 1e-5)
+
+
+def test_of_a_conversation_that_continues_a_cache_the_new_tokens_decide(llama: steer.FrozenLM) -> None:
+    prompt, condition = PROMPTS[2], Condition(READ, DIRECTIONS[:1], torch.zeros(1))
+    ids = llama.tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        h = llama.model(ids, output_hidden_states=True).hidden_states[1][0, 8:].mean(0)
+        cache = llama.model(ids[:, :8]).past_key_values
+        edit = ResidualEdit(SITE, VECTORS[:1], condition=condition)
+        with llama.steered(edits=[edit], prompt_lengths=[len(prompt)]) as steering:
+            llama.model(ids[:, 8:], attention_mask=torch.ones_like(ids), past_key_values=cache)
+    squashed = torch.tanh((h @ DIRECTIONS[0]) / DIRECTIONS[0].square().sum() * DIRECTIONS[0])
+    assert_close(steering.decisions[0].similarities, torch.cosine_similarity(h, squashed, dim=0)[None], 1e-5)
 
 
 def test_several_conditions_and_none(llama: steer.FrozenLM) -> None:

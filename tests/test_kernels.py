@@ -21,8 +21,10 @@ from steer.kernels import (
     naive_low_rank_rows,
     naive_overwrite_rows,
     naive_project_rows,
+    naive_similarity_to_projection,
     overwrite_rows,
     project_rows,
+    similarity_to_projection,
 )
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -150,6 +152,29 @@ def test_kernels_leave_rows_without_an_amount_as_they_are(dtype: torch.dtype) ->
         assert not out[1].isnan().any()
     # What cancels, and what was nothing, is nothing afterwards.
     assert (add_rows_keeping_norm(hidden, v, amounts)[1, :2] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@widths
+@rows_
+def test_similarity_to_projection(rows: int, d: int, scale: float) -> None:
+    states, directions = scale * normal(rows, d), normal(rows, d, seed=1)
+    states[0] += 3 * scale * directions[0]
+    out = similarity_to_projection(states, directions)
+    assert out[0] > 0.5
+    torch.testing.assert_close(out.double(), naive_similarity_to_projection(states, directions), rtol=1e-5, atol=1e-6)
+    # The length of the direction does not matter, nor does its sign.
+    torch.testing.assert_close(similarity_to_projection(states, -7 * directions), out)
+
+
+def test_nothing_is_similar_to_nothing() -> None:
+    states, directions = normal(3, 33), normal(3, 33, seed=1)
+    states[0], directions[1] = 0, 0
+    states[2] -= directions[2] * (states[2] @ directions[2]) / directions[2].square().sum()
+    out = similarity_to_projection(states, directions)
+    assert out[:2].tolist() == [0, 0]
+    assert naive_similarity_to_projection(states, directions)[:2].tolist() == [0, 0]
+    assert out.isfinite().all()
 
 
 @sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,6 +128,44 @@ def test_vectors_are_summed_before_a_norm_is_kept(llama: steer.FrozenLM) -> None
     whole = hidden(llama, ResidualEdit(SITE, VECTORS + DIRECTIONS, "all", keep_norm=True))
     parts = [ResidualEdit(SITE, vectors, "all", keep_norm=True) for vectors in (VECTORS, DIRECTIONS)]
     assert_close(hidden(llama, *parts), whole, 1e-6)
+
+
+def test_projections_on_several_directions_act_one_after_the_other(llama: steer.FrozenLM) -> None:
+    h, first = hidden(llama), ProjectionEdit(SITE, DIRECTIONS, TARGETS, "all")
+    second = ProjectionEdit(SITE, VECTORS, positions="all")
+    units = (VECTORS / VECTORS.norm(dim=1, keepdim=True)).double()[:, None]
+    clamped = h + (TARGETS.double()[:, None, None] - (h * UNITS).sum(-1, keepdim=True)) * UNITS
+    assert_close(hidden(llama, first, second), clamped - (clamped * units).sum(-1, keepdim=True) * units, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ResidualEdit(SITE, VECTORS, "all", keep_norm=True),
+        ProjectionEdit(SITE, DIRECTIONS, TARGETS, "all"),
+        LowRankEdit(SITE, ROTATION, WEIGHT, BIAS, "all"),
+    ],
+    ids=lambda edit: type(edit).__name__,
+)
+def test_rows_of_zeros_are_left_alone_whatever_they_hold(llama: steer.FrozenLM, edit: SiteEdit) -> None:
+    """Zero times infinity would not be zero."""
+    present = torch.tensor([0.0, 1.0, 1.0])
+    tensors = {name: value for name, value in vars(edit).items() if isinstance(value, Tensor)}
+    edit = replace(edit, **{name: torch.einsum("b,b...->b...", present, value) for name, value in tensors.items()})
+    seen: list[Tensor] = []
+
+    def overflow(hidden: Tensor) -> Tensor:
+        hidden = hidden.clone()
+        hidden[:, 2, 5] = torch.inf
+        seen.append(hidden)
+        return hidden
+
+    with torch.no_grad(), llama.steered(edits=[edit]):
+        slot = llama.attachment.slots[SITE]
+        slot.operators = (overflow, *slot.operators, lambda hidden: seen.append(hidden) or hidden)
+        llama.model(IDS)
+    assert torch.equal(seen[1][0], seen[0][0])
+    assert not torch.equal(seen[1][1], seen[0][1])
 
 
 # Errors.

@@ -206,12 +206,13 @@ def test_a_closed_block_leaves_nothing_of_its_users(llama: steer.FrozenLM) -> No
 
     def left() -> list[Tensor]:
         pool = llama.operators
-        memory = [tensor for attending in pool.attending.values() for tensor in (attending.keys, attending.values)]
-        found = [*(editing.vectors for editing in pool.editing.values()), *memory, pool.overwriting.values]
+        found = [tensor for editing in pool.editing.values() for tensor in (getattr(editing, n) for n in editing.held)]
+        found += [tensor for attending in pool.attending.values() for tensor in (attending.keys, attending.values)]
+        found += [pool.overwriting.values, *(gate.marked for gate in pool.marked.values())]
         return [tensor for tensor in found if tensor is not None]
 
     with llama.steered(edits=edits) as steering:
-        assert len(left()) == 5
+        assert len(left()) == 16
         assert all((tensor != 0).any() for tensor in left())
         llama.model.generate(**steering.prepare(["a", "b"]), **steering.generate_kwargs(), max_new_tokens=2)
     assert all((tensor == 0).all() for tensor in left())
@@ -466,7 +467,7 @@ def test_vectors_are_scaled_before_they_are_rounded(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_all_edits_work_in_half_precision(arch: str, dtype: torch.dtype) -> None:
-    rows = [random_row(1, share=1.0), random_row(2, share=1.0)]
+    rows = [random_row(2, share=1.0), random_row(12, share=1.0)]
     with steer.wrap(tiny(arch, dtype=dtype), tokenizer()) as lm:
         half = generate(lm, rows, cross_attention(), max_new_tokens=1)
     with steer.wrap(tiny(arch), tokenizer()) as lm:

@@ -93,9 +93,6 @@ class Decide:
         self.open: Float[Tensor, "row 1 1"] | None = None
         self.fired = False
 
-    # What forward passes write into must not be of inference mode, as the next pass may be out of it.
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def load(self, condition: Condition, rows: Rows, device: torch.device) -> None:
         """Takes the rows, of whose prompts nothing has been seen yet."""
         batch, owners = len(condition.directions), rows.owners
@@ -116,23 +113,20 @@ class Decide:
 
     def reset(self, batch: int, device: torch.device) -> None:
         """Forgets the decisions, which outlast a generation."""
-        with torch.inference_mode(False):
-            self.similarities = refill(self.similarities, torch.zeros(batch, device=device))
-            self.acts = refill(self.acts, torch.zeros(batch, dtype=torch.bool, device=device))
+        self.similarities = refill(self.similarities, torch.zeros(batch, device=device))
+        self.acts = refill(self.acts, torch.zeros(batch, dtype=torch.bool, device=device))
 
     def begin(self, positions: Int[Tensor, "row pos"]) -> None:
-        """Finds the tokens of this forward pass that are the next ones of a prompt.
+        """Finds the tokens of this forward pass that belong to a prompt, without the first one.
 
-        Padding is told by its position, which does not follow upon the one before. A token at position 1 begins a
-        prompt: the first token does not count, and padding on the right may have position 0 as well.
+        Padding has no position of its own, beyond that of the token before. A prompt begins anew at position 1, not 0,
+        which padding on the right may have as well.
         """
         assert self.firsts is not None and self.lengths is not None and self.last is not None
         assert self.counts is not None
         positions = positions[self.firsts]
         before = torch.cat([self.last, positions[:, :-1]], dim=1)
-        # Nothing comes before the first token that is ever seen, wherever it stands.
-        follows = (positions == before + 1) | (before < 0)
-        counted = follows & (positions > 0) & (positions < self.lengths)
+        counted = (positions > before) & (positions > 0) & (positions < self.lengths)
         columns = torch.arange(positions.shape[1], device=positions.device)
         begin = torch.where(counted & (positions == 1), columns, -1).amax(1, keepdim=True)
         self.counted, self.carried = counted & (columns >= begin), begin < 0

@@ -300,7 +300,7 @@ class ClampProjections(EditStates):
 
     def load(self, edits: Sequence[ProjectionEdit], rows: Rows, dtype: torch.dtype, device: torch.device) -> None:
         (edit,), dtype, owners = edits, _statistics(dtype), rows.owners.to(device)
-        units = torch.nn.functional.normalize(edit.directions.to(device, torch.float64), dim=-1).to(dtype)
+        units = torch.nn.functional.normalize(edit.directions.to(device, dtype), dim=-1)
         targets = torch.zeros(len(units)) if edit.targets is None else edit.targets
         targets = targets.to(device, dtype)[owners, None, None]
         unbounded = torch.full_like(targets, torch.inf)

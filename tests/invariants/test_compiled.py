@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from models import WIDTH, tiny, tokenizer
-from rows import MEMORY_WIDTH, Generated, Row, assert_close, cross_attention, edits_of, generate
+from rows import MARKED, MEMORY_WIDTH, RANK, Generated, Row, assert_close, cross_attention, edits_of, generate
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 
 import steer
+from steer.inject import Edit, SiteEdit
 
 # Small graphs, for what does not depend on the architecture.
 SMALL = "gpt2"
@@ -23,6 +24,9 @@ SMALL = "gpt2"
 LATER = pytest.mark.full
 PROMPTS = ["a prompt", "x", "another, longer one", "the last"]
 MIDDLE = steer.Site("resid_mid", 1)
+# Two of vectors, 2 + 4 + 4 of the other residual edits, 4 starts and 1 of marks, 12 of the condition, 3 of the memory
+# and 2 of the prefix.
+BUFFERS = 34
 
 
 @pytest.fixture
@@ -54,6 +58,11 @@ def batch(seed: int, slots: Sequence[int] = (4, 3)) -> list[Row]:
             prefix=normal(slots[1] if i == 0 else min((seed + i) % 3, slots[1]), WIDTH),
             context=f"context {i}",
             lam=float(i - seed),
+            turn=normal(1, WIDTH)[0],
+            clamp=normal(1, WIDTH)[0],
+            marks=normal(1, MARKED)[0] > 0,
+            reft=normal(RANK, 2 * WIDTH + 1) / WIDTH**0.5,
+            condition=normal(1, WIDTH)[0],
         )
         for i, prompt in enumerate(PROMPTS)
     ]
@@ -68,9 +77,24 @@ def prepared(name: str) -> steer.FrozenLM:
     return lm
 
 
-def forward(lm: steer.FrozenLM, call, rows: Sequence[Row]) -> Tensor:  # type: ignore[no-untyped-def]
+def otherwise(edits: Sequence[Edit]) -> list[Edit]:
+    """The same edits at other strengths, with other targets, thresholds, limits, marks and sides."""
+    strengths = torch.tensor([0.5, 0.0, 2.0, -1.0])
+    changed = [edit.at_strength(strengths) if isinstance(edit, SiteEdit) else edit for edit in edits]
+    for i, edit in enumerate(changed):
+        if isinstance(edit, steer.ProjectionEdit):
+            assert isinstance(edit.positions, Tensor)
+            changed[i] = replace(edit, targets=-3 * strengths, positions=~edit.positions, limit="at_least")
+        elif isinstance(edit, steer.LowRankEdit) and edit.condition is not None:
+            changed[i] = replace(edit, condition=replace(edit.condition, thresholds=0.1 * strengths, acts="below"))
+    return changed
+
+
+def forward(  # type: ignore[no-untyped-def]
+    lm: steer.FrozenLM, call, rows: Sequence[Row], change: Callable[[Sequence[Edit]], Sequence[Edit]] = list
+) -> Tensor:
     """Logits of one forward pass over 24 tokens, whatever of them belongs to the rows' prompts."""
-    edits = edits_of(rows, cross_attention())[:-1]
+    edits = change(edits_of(rows, cross_attention())[:-1])
     ids = torch.randint(5, 100, (len(rows), 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -82,14 +106,12 @@ def forward(lm: steer.FrozenLM, call, rows: Sequence[Row]) -> Tensor:  # type: i
 
 
 def buffers(lm: steer.FrozenLM) -> list[int]:
+    """Where everything lies that the operators keep between forward passes."""
     pool = lm.operators
-    tensors = [editing.vectors for editing in pool.editing.values()]
-    tensors += [gate.first for gate in pool.gates.values()]
-    tensors += [
-        t for attending in pool.attending.values() for t in (attending.keys, attending.values, attending.visible)
-    ]
-    tensors += [pool.overwriting.values, pool.overwriting.lengths]
-    return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+    keepers = [*pool.gates.values(), *pool.marked.values(), *pool.deciding.values(), *pool.editing.values()]
+    keepers += [*pool.attending.values(), pool.overwriting]
+    held = [tensor for keeper in keepers for name, tensor in sorted(vars(keeper).items()) if name != "marks"]
+    return [tensor.data_ptr() for tensor in held if isinstance(tensor, torch.Tensor)]
 
 
 def test_a_forward_pass_is_one_graph_for_all_users(arch: str) -> None:
@@ -104,13 +126,15 @@ def test_a_forward_pass_is_one_graph_for_all_users(arch: str) -> None:
         rows = batch(0)
         weaker = [replace(row, vector=None if row.vector is None else 0.1 * row.vector) for row in rows]
         results.append(forward(lm, compiled, weaker))
+        changed = forward(lm, compiled, rows, otherwise)
     assert counter.frame_count == 1
     # The same buffers, with other values.
-    assert len(places[0]) == 9
+    assert len(places[0]) == BUFFERS
     assert places == [places[0]] * 4
     for result, rows in zip(results, [*map(batch, range(4)), weaker], strict=True):
         assert_close(result, forward(lm, lm.model, rows))
-    for other in results[1:]:
+    assert_close(changed, forward(lm, lm.model, batch(0), otherwise))
+    for other in [*results[1:], changed]:
         assert (other - results[0]).abs().max() > 0.1
 
 
@@ -119,7 +143,7 @@ def test_other_users_are_written_into_the_same_buffers(small: steer.FrozenLM) ->
     for seed in range(3):
         generate(small, [row.without_context() for row in batch(seed)], cross_attention())
         places.append(buffers(small))
-    assert len(places[0]) == 9
+    assert len(places[0]) == BUFFERS
     assert places == [places[0]] * 3
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from models import LAYERS, PAD, WIDTH
-from rows import MEMORY_WIDTH, Row, cross_attention, edits_of, random_row
+from rows import MEMORY_WIDTH, cross_attention, edits_of, random_row
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -56,7 +57,7 @@ def everything(users: int) -> list[Edit]:
     rows = [random_row(1 + i % users, share=1.0) for i in range(BATCH)]
     # The same sizes for all users, so that only their number differs.
     rows = [
-        Row(row.prompt, row.vector, row.prefix[:1], row.memory[:1].expand(3, MEMORY_WIDTH))
+        replace(row, prefix=row.prefix[:1], memory=row.memory[:1].expand(3, MEMORY_WIDTH))
         for row in rows
         if row.prefix is not None and row.memory is not None
     ]

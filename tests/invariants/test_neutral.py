@@ -13,10 +13,12 @@ from rows import MEMORY_WIDTH, Row, assert_close, cross_attention, generate, ran
 from torch import Tensor
 
 import steer
+from steer import ResidualEdit
 from steer.inject import Edit
 
 ROWS = [random_row(1, share=1.0), Row("plain one"), random_row(3, share=1.0), Row("p")]
 VECTORS = 3 * torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
+ROTATION = torch.randn(4, 2, WIDTH, generator=torch.Generator().manual_seed(1))
 MEMORY = torch.randn(5, MEMORY_WIDTH, generator=torch.Generator().manual_seed(0))
 START = steer.Site("resid_post", 0)
 
@@ -34,10 +36,26 @@ def steered(lm: steer.FrozenLM, edits: list[Edit], rows: Sequence[Row] = ROWS) -
 
 
 NEUTRAL: dict[str, Callable[[], Edit]] = {
-    "zero vectors": lambda: steer.ResidualEdit(START, torch.zeros(4, WIDTH)),
-    "zero vectors everywhere": lambda: steer.ResidualEdit(START, torch.zeros(4, WIDTH), positions="all"),
-    "strength 0": lambda: steer.ResidualEdit(START, VECTORS).at_strength(torch.zeros(4)),
-    "dose 0": lambda: steer.ResidualEdit(START, VECTORS, reference_norms=torch.ones(4)).at_dose(torch.zeros(4)),
+    "zero vectors": lambda: ResidualEdit(START, torch.zeros(4, WIDTH)),
+    "zero vectors everywhere": lambda: ResidualEdit(START, torch.zeros(4, WIDTH), positions="all"),
+    "strength 0": lambda: ResidualEdit(START, VECTORS).at_strength(torch.zeros(4)),
+    "dose 0": lambda: ResidualEdit(START, VECTORS, reference_norms=torch.ones(4)).at_dose(torch.zeros(4)),
+    "zero vectors with the norm kept": lambda: ResidualEdit(START, torch.zeros(4, WIDTH), "all", keep_norm=True),
+    "strength 0 with the norm kept": lambda: ResidualEdit(START, VECTORS, keep_norm=True).at_strength(torch.zeros(4)),
+    "no directions": lambda: steer.ProjectionEdit(START, torch.zeros(4, WIDTH), torch.ones(4), "all"),
+    "directions at strength 0": lambda: steer.ProjectionEdit(START, VECTORS, torch.ones(4)).at_strength(torch.zeros(4)),
+    "projections within their limit": lambda: steer.ProjectionEdit(
+        START, VECTORS, torch.full((4,), -1e4), "all", limit="at_least"
+    ),
+    "no low-rank maps": lambda: steer.LowRankEdit(START, 0 * ROTATION, 0 * ROTATION, torch.zeros(4, 2), "all"),
+    "W = R and b = 0": lambda: steer.LowRankEdit(START, ROTATION, ROTATION, torch.zeros(4, 2), "all"),
+    "low-rank maps at strength 0": lambda: steer.LowRankEdit(START, ROTATION, -ROTATION, torch.ones(4, 2)).at_strength(
+        torch.zeros(4)
+    ),
+    "nothing marked": lambda: ResidualEdit(START, VECTORS, torch.zeros(4, 9, dtype=torch.bool)),
+    "a condition that no prompt meets": lambda: ResidualEdit(
+        START, VECTORS, condition=steer.Condition(START, VECTORS, torch.ones(4))
+    ),
     "no prefixes": lambda: steer.PrefixEdit.from_rows([None] * 4, WIDTH),
     "no memories": lambda: steer.MemoryEdit.from_rows(steer.Site("resid_mid", 1), cross_attention(), [None] * 4),
     "shut gate": lambda: steer.MemoryEdit.from_rows(steer.Site("resid_mid", 1), cross_attention(0.0), [MEMORY] * 4),
@@ -63,8 +81,11 @@ def test_rows_without_a_user_beside_steered_ones(lm: steer.FrozenLM) -> None:
     vectors = VECTORS * torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None]
     memories = [MEMORY, None, MEMORY[:2], None]
     edits = [
-        steer.ResidualEdit(START, vectors),
-        steer.ResidualEdit(steer.Site("embed"), vectors, positions="all"),
+        ResidualEdit(START, vectors),
+        ResidualEdit(steer.Site("embed"), vectors, positions="all"),
+        ResidualEdit(START, vectors, "prompt", keep_norm=True),
+        steer.ProjectionEdit(START, vectors),
+        steer.LowRankEdit(START, vectors[:, None], 0 * vectors[:, None], vectors[:, :1]),
         steer.MemoryEdit.from_rows(steer.Site("resid_mid", 1), cross_attention(), memories),
     ]
     logits, expected = steered(lm, edits), plain(lm, [row.prompt for row in ROWS])

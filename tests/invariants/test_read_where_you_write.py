@@ -154,6 +154,46 @@ def test_moving_the_residual_stream_from_one_prompt_to_another(lm: steer.FrozenL
     assert_close(steered(lm, site, whole, ONES, positions="all")[0], run(lm, OTHERS)[0])
 
 
+@pytest.mark.parametrize(
+    "site", ["embed", "resid_mid[1]", *(f"{name}[1]" for name in PER_BLOCK if name != "resid_mid")]
+)
+def test_a_clamped_projection_is_what_is_read_at_its_site(lm: steer.FrozenLM, site: str) -> None:
+    """Exactly the target is seen behind the edit, and beside the direction nothing has moved."""
+    where = lm.memory_site(Site.parse(site))
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(len(HERE), lm.width_at(where), generator=generator)
+    units = directions / directions.norm(dim=1, keepdim=True)
+    targets = torch.tensor([3.0, -1.0, 0.0, 10.0])
+    before = states(lm, where)
+    edit = steer.ProjectionEdit(where, directions, targets)
+    seen: list[Tensor] = []
+    with lm.steered(edits=[edit], prompt_lengths=[len(ids) for ids in HERE]):
+        slot = lm.attachment.slots[where]
+        slot.operators = (*slot.operators, lambda hidden: seen.append(hidden[:, -1].clone()) or hidden)
+        run(lm, HERE)
+    assert_close((seen[0] * units).sum(1), targets, 1e-5)
+    beside = [hidden - (hidden * units).sum(1, keepdim=True) * units for hidden in (seen[0], before)]
+    assert_close(*beside)
+    assert (seen[0] - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("site", [site for site in RESIDUAL if site != "ln_final"])
+def test_a_low_rank_map_moves_one_prompt_to_another(lm: steer.FrozenLM, site: str) -> None:
+    """With R of rank 1 along the difference, W = 0, and b where the other prompt is on it."""
+    if "mid" in site and parallel(lm):
+        pytest.skip("attention and feed-forward are parallel")
+    there = states(lm, site, THERE)
+    difference = there - states(lm, site, HERE)
+    rotation = (difference / difference.norm(dim=1, keepdim=True))[:, None]
+    edit = steer.LowRankEdit(Site.parse(site), rotation, 0 * rotation, (there[:, None] * rotation).sum(-1))
+    with lm.steered(edits=[edit], prompt_lengths=[len(ids) for ids in HERE]):
+        logits, _ = run(lm, HERE)
+    assert_close(logits, run(lm, THERE)[0])
+    clamp = steer.ProjectionEdit(Site.parse(site), difference, (there * rotation[:, 0]).sum(1))
+    with lm.steered(edits=[clamp], prompt_lengths=[len(ids) for ids in HERE]):
+        assert_close(run(lm, HERE)[0], logits)
+
+
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("name", ["attn_out", "mlp_out"])
 def test_what_a_part_adds_is_added_to_the_residual_stream(lm: steer.FrozenLM, name: str, layer: int) -> None:
