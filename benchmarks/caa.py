@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,9 +51,7 @@ def compare(
     lm: steer.FrozenLM, bare: Any, fit: Sequence[steer.Pair], test: Sequence[steer.Pair], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """One behaviour: the two vectors, and what they do to the answers."""
-    start = time.perf_counter()
     state = steer.CAA(layer=arguments.layer).fit_pairs(lm, fit)
-    middle = time.perf_counter()
     peer = train_steering_vector(
         bare,
         lm.tokenizer,
@@ -63,7 +60,6 @@ def compare(
         read_token_index=-2,
         batch_size=arguments.batch,
     )
-    seconds = {"steer": middle - start, "steering-vectors": time.perf_counter() - middle}
     (ours,), theirs = state.tensors.values(), peer.layer_activations[arguments.layer].cpu()
     (reference,) = state.provenance.calibration["reference_norm"].values()
     rows = []
@@ -84,7 +80,6 @@ def compare(
         "largest difference": (ours - theirs).abs().max().item(),
         "norm": ours.norm().item(),
         "reference norm": reference,
-        "seconds": seconds,
         "multipliers": rows,
     }
 
