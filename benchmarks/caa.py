@@ -35,6 +35,7 @@ def main() -> None:
     arguments = parse()
     lm = steer.load(arguments.model, dtype=torch.float32)
     bare = AutoModelForCausalLM.from_pretrained(resolve(arguments.model), dtype=torch.float32).to(lm.device)
+    settings = {key: getattr(arguments, key) for key in ("model", "layer", "pairs", "questions")}
     behaviours = {}
     for name in arguments.behaviours:
         fit = steer.read_pairs(Path(arguments.data) / "generate" / name / "generate_dataset.json")[: arguments.pairs]
@@ -43,8 +44,7 @@ def main() -> None:
         print(name, {key: value for key, value in behaviours[name].items() if key != "multipliers"})
         for row in behaviours[name]["multipliers"]:
             print("  ", row)
-    settings = {key: getattr(arguments, key) for key in ("model", "layer", "pairs", "questions")}
-    harness.save(arguments.name, {**settings, "behaviours": behaviours})
+        harness.save(arguments.name, {**settings, "behaviours": behaviours})
 
 
 def compare(
@@ -115,8 +115,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--layer", type=int, default=14)
-    parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--questions", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--questions", type=int, default=10)
     parser.add_argument("--multipliers", type=float, nargs="+", default=[-4.0, -1.0, 0.0, 1.0, 4.0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--name", default="caa-cpu")
