@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ def main() -> None:
     arguments = parse()
     lm = steer.load(arguments.model, dtype=torch.float32)
     bare = AutoModelForCausalLM.from_pretrained(resolve(arguments.model), dtype=torch.float32).to(lm.device)
+    settings = {key: getattr(arguments, key) for key in ("model", "layer", "pairs", "questions")}
     behaviours = {}
     for name in arguments.behaviours:
         fit = steer.read_pairs(Path(arguments.data) / "generate" / name / "generate_dataset.json")[: arguments.pairs]
@@ -44,17 +44,14 @@ def main() -> None:
         print(name, {key: value for key, value in behaviours[name].items() if key != "multipliers"})
         for row in behaviours[name]["multipliers"]:
             print("  ", row)
-    settings = {key: getattr(arguments, key) for key in ("model", "layer", "pairs", "questions")}
-    harness.save(arguments.name, {**settings, "behaviours": behaviours})
+        harness.save(arguments.name, {**settings, "behaviours": behaviours})
 
 
 def compare(
     lm: steer.FrozenLM, bare: Any, fit: Sequence[steer.Pair], test: Sequence[steer.Pair], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """One behaviour: the two vectors, and what they do to the answers."""
-    start = time.perf_counter()
     state = steer.CAA(layer=arguments.layer).fit_pairs(lm, fit)
-    middle = time.perf_counter()
     peer = train_steering_vector(
         bare,
         lm.tokenizer,
@@ -63,7 +60,6 @@ def compare(
         read_token_index=-2,
         batch_size=arguments.batch,
     )
-    seconds = {"steer": middle - start, "steering-vectors": time.perf_counter() - middle}
     (ours,), theirs = state.tensors.values(), peer.layer_activations[arguments.layer].cpu()
     (reference,) = state.provenance.calibration["reference_norm"].values()
     rows = []
@@ -84,7 +80,6 @@ def compare(
         "largest difference": (ours - theirs).abs().max().item(),
         "norm": ours.norm().item(),
         "reference norm": reference,
-        "seconds": seconds,
         "multipliers": rows,
     }
 
@@ -120,8 +115,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--layer", type=int, default=14)
-    parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--questions", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--questions", type=int, default=10)
     parser.add_argument("--multipliers", type=float, nargs="+", default=[-4.0, -1.0, 0.0, 1.0, 4.0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--name", default="caa-cpu")

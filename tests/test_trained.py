@@ -18,6 +18,7 @@ from steer import embedded
 from steer.inject import Edit
 from steer.likelihood import negative_log_likelihood, response_losses
 from steer.method import method_of
+from steer.methods.perfit import orthonormal
 from steer.read import Span, record_span
 from steer.train import train_users
 
@@ -343,6 +344,13 @@ def test_perfit_starts_as_the_identity(lm: steer.FrozenLM, histories: list[steer
             assert torch.equal(lm.model(ids).logits, plain)
 
 
+def test_subspaces_move_without_jumps() -> None:
+    """Rows that are orthonormal stay as they are; a bare QR would turn some of them round."""
+    raw = torch.linalg.qr(torch.randn(20, 9, 4, generator=torch.Generator().manual_seed(0))).Q
+    raw = raw * torch.tensor([1, -1, 1, -1])
+    assert_close(orthonormal(raw), raw.mT, 1e-5)
+
+
 def test_perfit_maps_by_the_shared_map_and_then_by_the_users(
     lm: steer.FrozenLM, histories: list[steer.History]
 ) -> None:
@@ -382,6 +390,11 @@ def test_perfit_lowers_the_loss_in_both_stages(lm: steer.FrozenLM, histories: li
         start.use(lm, artifact)
         shared = steered_loss(lm, history, start.fit(lm, history), artifact)
         assert steered_loss(lm, history, state, artifact) < shared - 0.02
+        # The second stage starts where the first has led to.
+        start = perfit(epochs=1, batch=8)
+        start.use(lm, artifact)
+        start.fit(lm, history, on_step=lambda step, loss: losses.append(loss))
+        assert losses.pop() == pytest.approx(shared, rel=1e-4)
     assert len(losses) == 8 * 3
     assert sum(losses[-3:]) < sum(losses[:3]) - 0.1
     assert plain > steered_loss(lm, histories[0], states[0], artifact)

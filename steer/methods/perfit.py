@@ -251,7 +251,7 @@ class _Maps:
         users = len(norms)
         raw = torch.randn(width, rank, generator=generator).expand(users, -1, -1)
         maps = cls(
-            _orthonormal(raw).mT.contiguous().to(device),
+            orthonormal(raw).mT.contiguous().to(device),
             torch.zeros(users, rank, width, device=device),
             torch.zeros(users, rank, device=device),
             norms.to(device),
@@ -269,12 +269,12 @@ class _Maps:
     ) -> tuple[Float[Tensor, "row rank d"], Float[Tensor, "row rank d"], Float[Tensor, "row rank"]]:
         """R, W and b for rows of these users."""
         whose, rows = users.to(self.raw.device).unique(return_inverse=True)
-        rotation = _orthonormal(self.raw[whose])
+        rotation = orthonormal(self.raw[whose])
         weight, bias = rotation + self.change[whose], self.bias[whose] * self.norms[whose, None]
         return rotation[rows], weight[rows], bias[rows]
 
 
-def _orthonormal(raw: Float[Tensor, "user d rank"]) -> Float[Tensor, "user rank d"]:
+def orthonormal(raw: Float[Tensor, "user d rank"]) -> Float[Tensor, "user rank d"]:
     """Orthonormal rows that span what the columns of `raw` do, and are these where they are orthonormal already."""
     q, r = torch.linalg.qr(raw)
     # QR leaves the signs open; this choice makes the factor continuous in `raw`.

@@ -35,7 +35,7 @@ def train_users(
     weight_decay: float = 0.0,
     seed: int = 0,
     holdout: float = 0.0,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
     constrain: Callable[[], None] | None = None,
     on_step: Callable[[int, Float[Tensor, " user"]], None] | None = None,
 ) -> list[int]:
