@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from safetensors.torch import load, save
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from steer.cache import Cache, key_of, model_key
 from steer.encoders import last_token, mean_over_response, median_norm
@@ -292,8 +293,8 @@ class _Past:
         # the window is then the mask's business alone, and layers above the last site need no mention.
         cache = DynamicCache()
         for i, layer in enumerate(self.cache.layers):
+            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
             keys, values = layer.keys, layer.values
-            assert keys is not None and values is not None
             cache.update(keys[chosen.to(keys.device)], values[chosen.to(values.device)], i)
         return _Past(cache, self.mask[chosen])
 
