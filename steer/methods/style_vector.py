@@ -367,6 +367,8 @@ class StyleVector(Method):
         """A state's vectors and norms after some records were added or taken out, and what was read of these."""
         self._require_own(lm, state)
         source = state.provenance
+        if len({record.user_id for record in records}) > 1:
+            raise SteerError("these records are of several users; a state is of one")
         norms = dict(source.calibration["reference_norm"])
         tensors, read_now = dict(state.tensors), _Summary()
         if records:
