@@ -199,6 +199,7 @@ class StyleVector(Method):
             SteerError: a record is in the state already, the state is not of this method with these settings, or the
                 extractor is not "mean".
         """
+        self._require_own(lm, state)
         known = {*state.provenance.records, *_left_out(state)}
         ids = [record.id for record in new_records]
         if twice := [id for id, times in Counter(ids).items() if id in known or times > 1]:
@@ -216,6 +217,7 @@ class StyleVector(Method):
         Raises:
             SteerError: a record is not in the state, or none would be left; else as for `update`.
         """
+        self._require_own(lm, state)
         ids, left_out = {record.id for record in old_records}, _left_out(state)
         if strange := ids - {*state.provenance.records, *left_out}:
             raise SteerError(f"record {min(strange)!r} is not in the state, so it cannot be taken out")
@@ -293,7 +295,7 @@ class StyleVector(Method):
     def _others(self, site: Site, user: str) -> Tensor:
         """States of other users' texts."""
         assert self.artifact is not None
-        whose, sample = self.artifact.settings["sample"], self._shared(".sample")[site]
+        sample, whose = self._shared(".sample")[site], self.artifact.settings["sample"]
         others = [i for i, who in enumerate(whose) if who != _hash(user)]
         if not others:
             raise SteerError(f"the sample of the population has no texts but those of {user!r}; train with more users")
@@ -365,7 +367,6 @@ class StyleVector(Method):
         combine: Callable[[Moments, Moments], Moments],
     ) -> tuple[dict[str, Tensor], dict[str, float], _Summary]:
         """A state's vectors and norms after some records were added or taken out, and what was read of these."""
-        self._require_own(lm, state)
         source = state.provenance
         if len({record.user_id for record in records}) > 1:
             raise SteerError("these records are of several users; a state is of one")
@@ -399,7 +400,8 @@ class StyleVector(Method):
     def _require_population(self, lm: FrozenLM) -> None:
         if self.artifact is not None:
             self._require_model(lm, self.artifact)
-        _ = self.population
+        for part in ("", ".sample") if self.extractor == "logistic" else ("",):
+            self._shared(part)
 
 
 @dataclass(frozen=True)
