@@ -201,12 +201,16 @@ def test_the_papers_recipe() -> None:
     assert (method.neutral, method.pool, method.extractor, method.positions) == ("model", "last", "mean", "generated")
     assert method.sites == (steer.Site("resid_post", 18),)
     assert steer.StyleVector.paper(layer=18, neutral="file:gpt.jsonl").neutral == "file:gpt.jsonl"
+    # A place has one name, and is one place however it is named.
+    assert replace(steer.StyleVector(layer=1, sites=["resid_pre[2]", "z[0]"]), pool="last").sites == (
+        SITE,
+        steer.Site("z", 0),
+    )
 
 
 def test_style_vectors_that_make_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({}, "say where to read"),
-        ({"layer": 1, "sites": ["resid_pre[2]"]}, "each place once"),
         ({"layer": 1, "extractor": "median"}, "'median' is not one of mean, logistic, pca"),
         ({"sites": ["nowhere[1]"]}, "not a site"),
     ]
@@ -327,6 +331,7 @@ def test_records_come_and_go(llama: steer.FrozenLM, neutral: str, pool: Any) -> 
         one_by_one = method.remove(llama, one_by_one, [record])
     assert_same(one_by_one, method.fit(llama, steer.History("user 0", records[4:])))
     assert_same(method.update(llama, first, []), first)
+    assert_same(method.remove(llama, updated, [*records[5:], *records[6:]]), first)
 
 
 def test_an_update_reads_the_new_records_only(llama: steer.FrozenLM) -> None:

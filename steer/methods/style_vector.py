@@ -68,12 +68,12 @@ class StyleVector(Method):
         extractor: "mean" of the differences, "logistic" regression between the sides (against the population: between
             the user's texts and a sample of all other users'), or "pca", the first axis of the differences, towards
             their mean.
-        sites: further places to read and to add, such as "attn_out[3]".
+        sites: further places to read and to add, such as "attn_out[3]"; once made, a method has all of its places here.
         rescale: whether "logistic" and "pca" get the norm of the mean difference, so that one strength means the same
             for all three; otherwise they are unit vectors, as in the paper.
 
     Raises:
-        SteerError: no site, one named twice, or an unknown choice.
+        SteerError: no site, or an unknown choice.
     """
 
     name: ClassVar[str] = "style_vector"
@@ -98,9 +98,9 @@ class StyleVector(Method):
         layers = [self.layer] if isinstance(self.layer, int) else self.layer
         sites = [Site("resid_post", layer) for layer in layers]
         sites += [Site.parse(site).canonical() for site in self.sites]
-        if not sites or len(set(sites)) < len(sites):
-            raise SteerError("say where to read and to add, each place once: layer=14, or sites=['attn_out[3]']")
-        self.sites = tuple(sites)
+        if not sites:
+            raise SteerError("say where to read and to add: layer=14, or sites=['attn_out[3]']")
+        self.sites = tuple(dict.fromkeys(sites))
 
     @classmethod
     def paper(cls, layer: int | Sequence[int], **settings: Any) -> StyleVector:
@@ -224,8 +224,8 @@ class StyleVector(Method):
         records = tuple(id for id in state.provenance.records if id not in ids)
         if not records:
             raise SteerError("no record would be left; delete the state instead")
-        counted = [record for record in old_records if record.id not in left_out]
-        tensors, norms, read_now = self._combined(lm, state, counted, operator.sub)
+        counted = {record.id: record for record in old_records if record.id not in left_out}
+        tensors, norms, read_now = self._combined(lm, state, list(counted.values()), operator.sub)
         if read_now.left_out:
             raise SteerError(f"the model no longer answers the prompt of record {read_now.left_out[0]!r}; fit again")
         calibration = _calibration(norms, [id for id in left_out if id not in ids])
