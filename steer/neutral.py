@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steer.cache import answers_cache, key_of, model_key
+from steer.cache import Cache, answers_cache, key_of, model_key
 from steer.errors import SteerError
 from steer.history import Record
 
@@ -79,12 +79,14 @@ def own_answers(lm: FrozenLM, prompts: Sequence[str], tokens: int) -> list[str]:
     settings = lm.model.generation_config.to_json_string(ignore_metadata=True)
     model = key_of("answer", 1, model_key(lm), settings, tokens)
     keys = [key_of(model, own) for own in ids]
-    cache, known, kept = answers_cache(), {}, True
+    known: dict[str, str] = {}
+    cache: Cache | None = None
     try:
+        cache = answers_cache()
         known = {key: value.decode() for key, value in cache.get(keys).items()}
     except SteerError as error:
         warnings.warn(f"the model's answers are not kept: {error}", stacklevel=2)
-        kept = False
+        cache = None
     # Each prompt once, and prompts of like length together.
     missing = sorted({key: own for key, own in zip(keys, ids, strict=True) if key not in known}.items(), key=_length)
     for start in range(0, len(missing), _ANSWERS_AT_ONCE):
@@ -92,7 +94,7 @@ def own_answers(lm: FrozenLM, prompts: Sequence[str], tokens: int) -> list[str]:
         answers = lm.generate(list(some.values()), max_new_tokens=tokens, do_sample=False)
         new = dict(zip(some, answers, strict=True))
         known |= new
-        if kept:
+        if cache is not None:
             cache.put({key: answer.encode() for key, answer in new.items()})
     return [known[key] for key in keys]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from safetensors.torch import load, save
@@ -293,8 +293,8 @@ class _Past:
         # the window is then the mask's business alone, and layers above the last site need no mention.
         cache = DynamicCache()
         for i, layer in enumerate(self.cache.layers):
-            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-            keys, values = layer.keys, layer.values
+            keys, values = cast(DynamicLayer, layer).keys, cast(DynamicLayer, layer).values
+            assert keys is not None and values is not None
             cache.update(keys[chosen.to(keys.device)], values[chosen.to(values.device)], i)
         return _Past(cache, self.mask[chosen])
 
