@@ -21,7 +21,9 @@ def logistic_direction(own: Float[Tensor, "row d"], other: Float[Tensor, "other 
 
     rows = torch.cat([own, other]).double()
     labels = [1] * len(own) + [0] * len(other)
-    fitted = LogisticRegression(class_weight="balanced", max_iter=10_000).fit(rows.numpy(), labels)
+    # Solved to the end: what little the default tolerance leaves depends on rounding.
+    model = LogisticRegression(class_weight="balanced", tol=1e-8, max_iter=10_000)
+    fitted = model.fit(rows.numpy(), labels)
     normal = torch.from_numpy(fitted.coef_[0])
     return normal / normal.norm()
 

@@ -63,12 +63,12 @@ class Cache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.path, timeout=_BUSY_SECONDS)) as db:
-                (found,) = db.execute("PRAGMA application_id").fetchone()
-                if found != _APPLICATION_ID:
-                    if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                        raise SteerError(
-                            f"{self.path}: an SQLite file of another kind, not a cache; it was not touched"
-                        )
+                # In this order, as another process may be creating the file, in one transaction.
+                (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                (kind,) = db.execute("PRAGMA application_id").fetchone()
+                if kind != _APPLICATION_ID:
+                    if tables:
+                        raise SteerError(f"{self.path}: a database of another kind, no cache; it was not touched")
                     db.executescript(_CREATE)
                 yield db
         except (sqlite3.Error, OSError) as error:

@@ -428,16 +428,6 @@ def test_reading_does_not_depend_on_the_batches(lm: steer.FrozenLM) -> None:
                 assert other[site].norm == pytest.approx(reading.norm, rel=1e-4)
 
 
-def test_readings_that_cannot_be(llama: steer.FrozenLM) -> None:
-    with pytest.raises(steer.SteerError, match="nothing to read"):
-        read(llama, [], [SITE])
-    with pytest.raises(steer.SteerError, match="nothing to read"):
-        read(llama, [Span([5, 6], 0, 2)], [])
-    with pytest.raises(steer.SteerError, match="pool='max' is not one of last, mean"):
-        read(llama, [Span([5, 6], 0, 2)], [SITE], pool="max")  # type: ignore[arg-type]
-    assert llama.generate_tokens(["still free"], max_new_tokens=2)
-
-
 def test_an_artifact_serves_users_who_come_later(
     llama: steer.FrozenLM, histories: list[steer.History], tmp_path: Path
 ) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from steer.cli import options
 from steer.errors import SteerError
+
+if TYPE_CHECKING:
+    from steer import StyleVector, UserState
+
+# Users who are read together, and stored at once.
+_USERS = 256
 
 
 def extract(
@@ -22,7 +30,15 @@ def extract(
         ),
     ],
     bank: options.BankPath,
-    layer: Annotated[str, typer.Option(help="After which block to read and steer: 18, or several: 12,18.")],
+    layer: Annotated[
+        str | None, typer.Option(help="After which block to read and steer: 18, or several: 12,18.", show_default=False)
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another place to read and steer, such as 'attn_out[3]'; may be repeated.", show_default=False
+        ),
+    ] = None,
     model: options.Model = "smollm2-135m",
     neutral: Annotated[
         str,
@@ -32,6 +48,13 @@ def extract(
             "records), file:PATH (JSONL of id and response)."
         ),
     ] = "model",
+    extractor: Annotated[
+        str | None,
+        typer.Option(help="mean of the differences (the default), logistic regression, or pca.", show_default=False),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="As in the paper: last token, mean difference, from the first new token on.")
+    ] = False,
     instruction: Annotated[
         str | None,
         typer.Option(
@@ -45,10 +68,20 @@ def extract(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Then take the newest N of the rest.", show_default=False)
     ] = None,
-    pool: Annotated[str, typer.Option(help="mean over the response, or its last token.")] = "mean",
+    pool: Annotated[
+        str | None, typer.Option(help="mean over the response (the default), or its last token.", show_default=False)
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the states in the bank.")] = "style",
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep what is read of each text in this file; the same call goes on from there after it was stopped.",
+            show_default=False,
+        ),
+    ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    as_json: options.Json = False,
 ) -> None:
     """Read users' style vectors from what they wrote.
 
@@ -56,35 +89,69 @@ def extract(
 
         steer extract reviews.jsonl --layer 18 --neutral population --bank people.bank
     """
-    from steer import Bank, History, StyleVector, read_histories
+    from steer import Bank, StyleVector, read_histories
+    from steer.cache import Cache
 
+    if paper and (extractor or pool):
+        raise SteerError("--paper decides on --extractor and --pool; leave these out")
+    chosen = {key: value for key, value in (("extractor", extractor), ("pool", pool)) if value is not None}
+    layers = [] if layer is None else options.parse_layers(layer)
+    make: Callable[..., StyleVector] = StyleVector.paper if paper else StyleVector
+    method = make(layer=layers, sites=site or [], neutral=neutral, **chosen)
     histories = {key: whole.split(holdout, limit)[0] for key, whole in read_histories(history, instruction=instruction)}
-    wanted = user or list(histories)
+    wanted = list(dict.fromkeys(user or histories))
     if strangers := [key for key in wanted if key not in histories]:
         raise SteerError(
             f"{history} has no user {strangers[0]!r}; it has {len(histories)}, such as {next(iter(histories))!r}"
         )
     if empty := [key for key in wanted if not len(histories[key])]:
         raise SteerError(f"{empty[0]!r} has no records left after --holdout {holdout}")
-    method = StyleVector(layer=options.parse_layers(layer), neutral=neutral, pool=pool)  # type: ignore[arg-type]
     lm = options.load(model, device, dtype)
     lm.declare(*method.sites)
-    store = Bank(bank)
-    table = Table("user", "records", "site", "‖v‖", "dose of strength 1", box=None)
+    store, cache = Bank(bank), None if resume is None else Cache(resume)
+    rows: dict[str, dict[str, Any]] = {}
     with progress_bar() as progress:
+
+        def share_of(task: TaskID, first: int, count: int) -> Callable[[float], None]:
+            return lambda share: progress.update(task, completed=first + share * count)
+
         if neutral == "population":
-            everybody = [whole for whole in histories.values() if len(whole)]
-            method.train(lm, progress.track(everybody, description="population"))
-            if method.artifact is not None:
-                store.put_artifact(method.artifact)
-        for key in progress.track(wanted, description="users"):
-            state = method.fit(lm, History(key, histories[key].records))
-            store[key, name] = state
-            for site, vector in state.tensors.items():
-                norm, reference = vector.norm().item(), state.provenance.calibration["reference_norm"][site]
-                table.add_row(key, str(len(histories[key])), site, f"{norm:.4g}", f"{norm / reference:.3f}")
+            everybody = [known for known in histories.values() if len(known)]
+            task = progress.add_task("population", total=len(everybody))
+            artifact = method.train(lm, everybody, share_of(task, 0, len(everybody)), cache=cache)
+            if artifact is not None:
+                store.put_artifact(artifact)
+        task = progress.add_task("users", total=len(wanted))
+        for first in range(0, len(wanted), _USERS):
+            some = wanted[first : first + _USERS]
+            fitted = method.fit_many(
+                lm, [histories[key] for key in some], share_of(task, first, len(some)), cache=cache
+            )
+            store.update({(key, name): state for key, state in zip(some, fitted, strict=True)})
+            rows |= {key: _to_json(state) for key, state in zip(some, fitted, strict=True)}
+    if as_json:
+        print(json.dumps({"model": model, "bank": str(bank), "name": name, "users": rows}, ensure_ascii=False))
+        return
+    table = Table("user", "records", "site", "‖v‖", "dose of strength 1", box=None)
+    for key, row in rows.items():
+        for at, numbers in row["sites"].items():
+            table.add_row(key, str(row["records"]), at, f"{numbers['norm']:.4g}", f"{numbers['dose']:.3f}")
     options.out.print(table)
-    options.err.print(f"{len(wanted)} states named {name!r} in {bank}")
+    options.err.print(f"{len(rows)} states named {name!r} in {bank}")
+
+
+def _to_json(state: UserState) -> dict[str, Any]:
+    """The numbers of records, and of each vector its norm and what dose strength 1 is."""
+    calibration = state.provenance.calibration
+    norms = {site: vector.norm().item() for site, vector in state.tensors.items()}
+    return {
+        "records": len(state.provenance.records),
+        "left_out": len(calibration.get("left_out", ())),
+        "sites": {
+            site: {"norm": round(norm, 4), "dose": round(norm / calibration["reference_norm"][site], 4)}
+            for site, norm in norms.items()
+        },
+    }
 
 
 def progress_bar() -> Progress:

@@ -68,12 +68,12 @@ class StyleVector(Method):
         extractor: "mean" of the differences, "logistic" regression between the sides (against the population: between
             the user's texts and a sample of all other users'), or "pca", the first axis of the differences, towards
             their mean.
-        sites: further places to read and to add, such as "attn_out[3]".
+        sites: further places to read and to add, such as "attn_out[3]"; once made, a method has all of its places here.
         rescale: whether "logistic" and "pca" get the norm of the mean difference, so that one strength means the same
             for all three; otherwise they are unit vectors, as in the paper.
 
     Raises:
-        SteerError: no site, one named twice, or an unknown choice.
+        SteerError: no site, or an unknown choice.
     """
 
     name: ClassVar[str] = "style_vector"
@@ -98,9 +98,9 @@ class StyleVector(Method):
         layers = [self.layer] if isinstance(self.layer, int) else self.layer
         sites = [Site("resid_post", layer) for layer in layers]
         sites += [Site.parse(site).canonical() for site in self.sites]
-        if not sites or len(set(sites)) < len(sites):
-            raise SteerError("say where to read and to add, each place once: layer=14, or sites=['attn_out[3]']")
-        self.sites = tuple(sites)
+        if not sites:
+            raise SteerError("say where to read and to add: layer=14, or sites=['attn_out[3]']")
+        self.sites = tuple(dict.fromkeys(sites))
 
     @classmethod
     def paper(cls, layer: int | Sequence[int], **settings: Any) -> StyleVector:
@@ -199,6 +199,7 @@ class StyleVector(Method):
             SteerError: a record is in the state already, the state is not of this method with these settings, or the
                 extractor is not "mean".
         """
+        self._require_own(lm, state)
         known = {*state.provenance.records, *_left_out(state)}
         ids = [record.id for record in new_records]
         if twice := [id for id, times in Counter(ids).items() if id in known or times > 1]:
@@ -216,14 +217,15 @@ class StyleVector(Method):
         Raises:
             SteerError: a record is not in the state, or none would be left; else as for `update`.
         """
+        self._require_own(lm, state)
         ids, left_out = {record.id for record in old_records}, _left_out(state)
         if strange := ids - {*state.provenance.records, *left_out}:
             raise SteerError(f"record {min(strange)!r} is not in the state, so it cannot be taken out")
         records = tuple(id for id in state.provenance.records if id not in ids)
         if not records:
             raise SteerError("no record would be left; delete the state instead")
-        counted = [record for record in old_records if record.id not in left_out]
-        tensors, norms, read_now = self._combined(lm, state, counted, operator.sub)
+        counted = {record.id: record for record in old_records if record.id not in left_out}
+        tensors, norms, read_now = self._combined(lm, state, list(counted.values()), operator.sub)
         if read_now.left_out:
             raise SteerError(f"the model no longer answers the prompt of record {read_now.left_out[0]!r}; fit again")
         calibration = _calibration(norms, [id for id in left_out if id not in ids])
@@ -293,7 +295,7 @@ class StyleVector(Method):
     def _others(self, site: Site, user: str) -> Tensor:
         """States of other users' texts."""
         assert self.artifact is not None
-        whose, sample = self.artifact.settings["sample"], self._shared(".sample")[site]
+        sample, whose = self._shared(".sample")[site], self.artifact.settings["sample"]
         others = [i for i, who in enumerate(whose) if who != _hash(user)]
         if not others:
             raise SteerError(f"the sample of the population has no texts but those of {user!r}; train with more users")
@@ -365,8 +367,9 @@ class StyleVector(Method):
         combine: Callable[[Moments, Moments], Moments],
     ) -> tuple[dict[str, Tensor], dict[str, float], _Summary]:
         """A state's vectors and norms after some records were added or taken out, and what was read of these."""
-        self._require_own(lm, state)
         source = state.provenance
+        if len({record.user_id for record in records}) > 1:
+            raise SteerError("these records are of several users; a state is of one")
         norms = dict(source.calibration["reference_norm"])
         tensors, read_now = dict(state.tensors), _Summary()
         if records:
@@ -397,7 +400,8 @@ class StyleVector(Method):
     def _require_population(self, lm: FrozenLM) -> None:
         if self.artifact is not None:
             self._require_model(lm, self.artifact)
-        _ = self.population
+        for part in ("", ".sample") if self.extractor == "logistic" else ("",):
+            self._shared(part)
 
 
 @dataclass(frozen=True)
