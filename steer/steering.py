@@ -114,6 +114,7 @@ class Steering:
         # What a step of training has bound is needed in its backward pass, and goes with it.
         if self._pool is self.lm.operators:
             self._pool.clear()
+        self._rows = None
         self.lm.attachment.unbind()
         if check and self._ran:
             self._report_idle()
@@ -229,7 +230,7 @@ class Steering:
             )
 
     def hand_over(self) -> dict[Site, Operator]:
-        """Takes the operators out of steer's own hooks, for code that runs them at their sites itself.
+        """Takes the operators out of steer's own hooks, for other code to run at their sites.
 
         Returns:
             For each site one function, from the tensor `[row, pos, d]` there to its replacement. Positions still come
@@ -245,7 +246,9 @@ class Steering:
 
     def _in_turn(self, site: Site, operators: tuple[Operator, ...]) -> Operator:
         def run(hidden: Tensor) -> Tensor:
-            if self._rows is None or hidden.shape[0] != len(self._rows):
+            if self._rows is None:
+                raise SteerError(f"{site}: the `steered` block that these operators belong to has ended")
+            if hidden.shape[0] != len(self._rows):
                 raise SteerError(
                     f"{site}: {hidden.shape[0]} rows came by, and {self.plan.batch} are bound; hand the whole batch to "
                     "the operators, in one piece"

@@ -205,7 +205,7 @@ def test_reading_every_site(arch: str, pool: Any, side: str) -> None:
     lm = plain(arch)
     names = [name for name in PER_BLOCK if name != "resid_mid" or lm.attachment.architecture.mid is not None]
     sites = [Site("embed"), Site("ln_final"), *(Site(name, layer) for name in names for layer in range(LAYERS))]
-    spans = [Span(prompt, 1, len(prompt)) for prompt in PROMPTS]
+    spans = [Span(prompt, 0, len(prompt)) for prompt in PROMPTS]
     expected = {site: reading.pooled for site, reading in read(lm, spans, sites, pool=pool).items()}
     inputs = batch(side)
     mask = inputs["attention_mask"]
@@ -312,6 +312,42 @@ def test_reading_beside_writing_in_a_trace() -> None:
     assert not difference[Site("resid_pre", 0)].any()
 
 
+def test_what_the_peers_show_of_steers_own_hooks() -> None:
+    """As docs/interop.md says: at an output the value before the edit, at an input the value after it."""
+    bridge, bridged = lens("llama")
+    model, lm = traced("llama")
+    for name, shown in (("resid_post", 0.0), ("attn_out", 0.0), ("resid_mid", 1.0), ("z", 1.0)):
+        site = Site(name, 1)
+        vectors = vectors_for("llama", site)
+        edit = steer.ResidualEdit(site, vectors, "all")
+
+        def read_both(site: Site = site) -> tuple[Tensor, Tensor]:
+            _, cached = bridge.run_with_cache(BATCH["input_ids"], attention_mask=BATCH["attention_mask"])
+            with torch.no_grad(), model.trace(dict(BATCH)):
+                found = by_nnsight.activations(model, lm, [site]).save()
+            return by_lens.activations(bridge, cached, [site])[site], found[site]
+
+        before = read_both()
+        with bridged.steered(edits=[edit], prompt_lengths=LENGTHS), lm.steered(edits=[edit], prompt_lengths=LENGTHS):
+            after = read_both()
+        for one, other in zip(before, after, strict=True):
+            assert_close((other - one)[REAL], shown * vectors[:, None].expand(-1, 5, -1)[REAL])
+
+
+def test_what_was_read_before_an_edit_in_place_stays() -> None:
+    model, lm = traced("llama")
+    site = Site("resid_mid", 1)
+    edit = steer.ResidualEdit(site, vectors_for("llama", site), "all")
+    with torch.no_grad(), model.trace(dict(BATCH)):
+        before = by_nnsight.activations(model, lm, [site]).save()
+    with torch.no_grad(), lm.steered(edits=[edit], prompt_lengths=LENGTHS) as steering, model.trace() as tracer:
+        with tracer.invoke(dict(BATCH)):
+            found = by_nnsight.activations(model, lm, [site]).save()
+        with tracer.invoke():
+            by_nnsight.write(model, steering)
+    assert torch.equal(found[site], before[site])
+
+
 def test_a_cache_of_a_steered_pass() -> None:
     bridge, lm = lens("llama")
     edit = steer.ResidualEdit(Site("resid_post", 1), vectors_for("llama", Site("resid_post", 1)), "all")
@@ -411,7 +447,7 @@ def test_a_bridge_that_was_booted_after_wrapping() -> None:
 
 
 def test_processed_weights() -> None:
-    """Without processing, compatibility mode is harmless: names are given so that no function runs twice."""
+    """Without processing, compatibility mode is harmless."""
     edit = steer.ResidualEdit(Site("resid_mid", 1), vectors_for("gpt2", Site("resid_mid", 1)), "all")
     bridge = bridge_of(tiny("gpt2"))
     bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
@@ -469,9 +505,20 @@ def test_some_of_the_rows() -> None:
         two_blocks()
 
 
+def test_functions_that_outlive_their_block() -> None:
+    bridge, lm = lens("llama")
+    edit = steer.ResidualEdit(Site("embed"), torch.ones(1, WIDTH), "all")
+    ids = torch.tensor(PROMPTS[:1])
+    with lm.steered(edits=[edit]) as steering:
+        hooks = by_lens.fwd_hooks(bridge, steering)
+        bridge.run_with_hooks(ids, fwd_hooks=hooks)
+    with pytest.raises(steer.SteerError, match="block that these operators belong to has ended"):
+        bridge.run_with_hooks(ids, fwd_hooks=hooks)
+
+
 def test_contrasted_streams() -> None:
     bridge, lm = lens("llama")
-    edits = [
+    edits: list[Any] = [
         steer.StreamEdit(["context"], torch.ones(1)),
         steer.ResidualEdit(Site("embed"), torch.ones(1, WIDTH), "all"),
     ]

@@ -29,20 +29,16 @@ if TYPE_CHECKING:
 
 
 def hook_name(bridge: TransformerBridge, site: Site | str) -> str:
-    """The name of the hook point where a site's tensor passes.
-
-    It is the point's own name, not an alias such as `blocks.3.hook_resid_post`: in compatibility mode a function that
-    is hooked by an alias is called once for each of the two names, and would add its vector twice.
+    """The name of the hook point where a site's tensor passes, for a `names_filter` and for hooks of your own.
 
     Raises:
         SteerError: this architecture has no such hook point, or TransformerLens has processed the weights.
     """
     require_own_weights(bridge)
     site = Site.parse(site).canonical()
-    point = bridge.hook_dict.get(site.lens_name)
-    if point is None:
+    if site.lens_name not in bridge.hook_dict:
         raise SteerError(f"{site}: TransformerLens has no {site.lens_name} in this {bridge.cfg.architecture}")
-    return point.name or site.lens_name
+    return site.lens_name
 
 
 def fwd_hooks(bridge: TransformerBridge, steering: Steering) -> list[tuple[str, Callable[..., Tensor]]]:
@@ -57,8 +53,8 @@ def fwd_hooks(bridge: TransformerBridge, steering: Steering) -> list[tuple[str, 
     """
     if bridge.original_model is not steering.lm.model:
         raise SteerError("this bridge is over another model than the steered one; use steer.wrap(bridge)")
-    runs = {(site, hook_name(bridge, site)): run for site, run in steering.hand_over().items()}
-    return [(name, _hook(site, run)) for (site, name), run in runs.items()]
+    names = {site: hook_name(bridge, site) for site in steering.plan.sites}
+    return [(names[site], _hook(site, run)) for site, run in steering.hand_over().items()]
 
 
 def activations(
