@@ -35,10 +35,10 @@ class Binding(Protocol):
 
 
 class Slot:
-    """One hooked site and the operators bound there."""
+    """One hooked site, its module, and the operators bound there."""
 
-    def __init__(self, site: Site, attachment: Attachment) -> None:
-        self.site = site
+    def __init__(self, site: Site, module: nn.Module, attachment: Attachment) -> None:
+        self.site, self.module = site, module
         self.operators: tuple[Operator, ...] = ()
         self._attachment = attachment
 
@@ -98,14 +98,24 @@ class Attachment:
                     f"Declare it when wrapping, steer.wrap(model, tokenizer, sites=[..., '{site}']), or call "
                     "steer.uncompile(model) first"
                 )
-            slot = Slot(site, self)
+            slot = Slot(site, self._module_at(site), self)
             self._handles.append(self._place(slot))
             self.slots[site] = slot
 
     def bind(self, binding: Binding) -> None:
-        """Takes the model for one user of the hooks. Raises SteerError if somebody has it already, or it is closed."""
+        """Takes the model for one user of the hooks.
+
+        Raises:
+            SteerError: somebody has it already, it is closed, or modules that have hooks were replaced.
+        """
         if not self._handles:
             raise SteerError("this FrozenLM is closed; wrap the model again")
+        for site, slot in self.slots.items():
+            if self._module_at(site) is not slot.module:
+                raise SteerError(
+                    f"the module at {site} was replaced after the model was wrapped, perhaps by an adapter; put "
+                    "adapters into the model first, then wrap it"
+                )
         if not self._lock.acquire(blocking=False):
             raise SteerError(
                 "this model is already steered or read, in an enclosing block or by another thread; put all users "
@@ -147,34 +157,29 @@ class Attachment:
             self.positions = None
             self._binding.end()
 
-    def _place(self, slot: Slot) -> RemovableHandle:
-        name, layer, paths = slot.site.name, slot.site.layer, self.architecture
-        if layer is not None and layer >= len(self.blocks):
-            raise SteerError(f"{slot.site}: the model has {len(self.blocks)} layers, 0 to {len(self.blocks) - 1}")
-        if name == "embed":
-            return _on_output(self.decoder.get_submodule(paths.embed), slot)
-        if name == "ln_final":
-            if paths.final_norm is None:
-                raise SteerError(f"ln_final: this model's head reads resid_post[{len(self.blocks) - 1}] as it is")
-            return _on_output(self.decoder.get_submodule(paths.final_norm), slot)
-        assert layer is not None
-        block = self.blocks[layer]
-        if name == "resid_pre":
-            return _on_input(block, slot)
-        if name == "resid_post":
-            return _on_output(block, slot)
-        if name == "attn_out":
-            return _on_output(block.get_submodule(paths.attn_out), slot)
-        if name == "mlp_out":
-            return _on_output(block.get_submodule(paths.mlp_out), slot)
-        if name == "z":
-            return _on_input(block.get_submodule(paths.z), slot)
-        if paths.mid is None:
+    def _module_at(self, site: Site) -> nn.Module:
+        """The module that has the site's tensor as its output or input."""
+        name, layer, paths = site.name, site.layer, self.architecture
+        if layer is None:
+            path = paths.embed if name == "embed" else paths.final_norm
+            if path is None:
+                raise SteerError(f"{site}: this model's head reads resid_post[{len(self.blocks) - 1}] as it is")
+            return self.decoder.get_submodule(path)
+        if layer >= len(self.blocks):
+            raise SteerError(f"{site}: the model has {len(self.blocks)} layers, 0 to {len(self.blocks) - 1}")
+        inside = {"attn_out": paths.attn_out, "mlp_out": paths.mlp_out, "z": paths.z, "resid_mid": paths.mid}
+        path = inside.get(name, "")
+        if path is None:
             raise SteerError(
-                f"{slot.site}: in this architecture attention and feed-forward run in parallel, so there is no "
+                f"{site}: in this architecture attention and feed-forward run in parallel, so there is no "
                 f"residual between them; use resid_post[{layer}]"
             )
-        return _on_shared_input(block.get_submodule(paths.mid), slot)
+        return self.blocks[layer].get_submodule(path)
+
+    def _place(self, slot: Slot) -> RemovableHandle:
+        if slot.site.name in ("resid_pre", "z"):
+            return _on_input(slot.module, slot)
+        return (_on_shared_input if slot.site.name == "resid_mid" else _on_output)(slot.module, slot)
 
 
 def refuse_compiled(model: nn.Module) -> None:

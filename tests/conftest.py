@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import ARCHITECTURES, tiny, tokenizer
+from models import ARCHITECTURES, WRAPPED, tiny, tokenizer
 
 import steer
 
@@ -19,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:some layers of this model see no further back")
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=[*ARCHITECTURES, *WRAPPED])
 def arch(request: pytest.FixtureRequest) -> str:
     return request.param
 
