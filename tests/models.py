@@ -178,8 +178,9 @@ def with_lora(model: PreTrainedModel, targets: list[str], name: str = "default")
 
 def in_int8(model: PreTrainedModel) -> PreTrainedModel:
     """The model with the weights of its linear layers in int8."""
-    quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
     return model
 
 
