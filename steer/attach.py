@@ -34,11 +34,21 @@ class Binding(Protocol):
     def end(self) -> None: ...
 
 
-class Slot:
-    """One hooked site and the operators bound there."""
+class Place(NamedTuple):
+    """Where a site's tensor passes: the input or the output of a module.
 
-    def __init__(self, site: Site, attachment: Attachment) -> None:
-        self.site = site
+    A `shared` input is at the same time the residual that goes around the module, so it is written in place.
+    """
+
+    module: nn.Module
+    at: Literal["input", "output", "shared"]
+
+
+class Slot:
+    """One hooked site, where it is, and the operators bound there."""
+
+    def __init__(self, site: Site, place: Place, attachment: Attachment) -> None:
+        self.site, self.place = site, place
         self.operators: tuple[Operator, ...] = ()
         self._attachment = attachment
 
@@ -53,16 +63,6 @@ class Slot:
         for operator in self.operators:
             hidden = operator(hidden)
         return hidden
-
-
-class Place(NamedTuple):
-    """Where a site's tensor passes: the input or the output of a module.
-
-    A `shared` input is at the same time the residual that goes around the module, so it is written in place.
-    """
-
-    module: nn.Module
-    at: Literal["input", "output", "shared"]
 
 
 class Attachment:
@@ -111,23 +111,24 @@ class Attachment:
                     f"Declare it when wrapping, steer.wrap(model, tokenizer, sites=[..., '{site}']), or call "
                     "steer.uncompile(model) first"
                 )
-            slot = Slot(site, self)
-            self._handles.append(_hook(self.place_of(site), slot))
+            slot = Slot(site, self.place_of(site), self)
+            self._handles.append(_hook(slot))
             self.slots[site] = slot
 
     def bind(self, binding: Binding) -> None:
         """Takes the model for one user of the hooks.
 
         Raises:
-            SteerError: somebody has it already, it is closed, or its blocks are not those that were hooked.
+            SteerError: somebody has it already, it is closed, or modules that have hooks were replaced.
         """
         if not self._handles:
             raise SteerError("this FrozenLM is closed; wrap the model again")
-        if list(self.decoder.get_submodule(self.architecture.blocks).children()) != self.blocks:
-            raise SteerError(
-                "the model's blocks were replaced after it was wrapped, as TransformerLens does; close() this, boot "
-                "the TransformerBridge first, then wrap that"
-            )
+        for site, slot in self.slots.items():
+            if self.place_of(site).module is not slot.place.module:
+                raise SteerError(
+                    f"the module at {site} was replaced after the model was wrapped, by an adapter or a library such as "
+                    "TransformerLens; put these into the model first, then wrap it"
+                )
         if not self._lock.acquire(blocking=False):
             raise SteerError(
                 "this model is already steered or read, in an enclosing block or by another thread; put all users "
@@ -172,32 +173,24 @@ class Attachment:
     def place_of(self, site: Site) -> Place:
         """Finds a site in the model. Raises SteerError if the model has no such site."""
         name, layer, paths = site.name, site.layer, self.architecture
-        if layer is not None and layer >= len(self.blocks):
+        if layer is None:
+            path = paths.embed if name == "embed" else paths.final_norm
+            if path is None:
+                raise SteerError(f"{site}: this model's head reads resid_post[{len(self.blocks) - 1}] as it is")
+            return Place(self.decoder.get_submodule(path), "output")
+        if layer >= len(self.blocks):
             raise SteerError(f"{site}: the model has {len(self.blocks)} layers, 0 to {len(self.blocks) - 1}")
-        if name == "embed":
-            return Place(self.decoder.get_submodule(paths.embed), "output")
-        if name == "ln_final":
-            if paths.final_norm is None:
-                raise SteerError(f"ln_final: this model's head reads resid_post[{len(self.blocks) - 1}] as it is")
-            return Place(self.decoder.get_submodule(paths.final_norm), "output")
-        assert layer is not None
-        block = self.blocks[layer]
-        if name == "resid_pre":
-            return Place(block, "input")
-        if name == "resid_post":
-            return Place(block, "output")
-        if name == "attn_out":
-            return Place(block.get_submodule(paths.attn_out), "output")
-        if name == "mlp_out":
-            return Place(block.get_submodule(paths.mlp_out), "output")
-        if name == "z":
-            return Place(block.get_submodule(paths.z), "input")
-        if paths.mid is None:
+        inside = {"attn_out": paths.attn_out, "mlp_out": paths.mlp_out, "z": paths.z, "resid_mid": paths.mid}
+        path = inside.get(name, "")
+        if path is None:
             raise SteerError(
                 f"{site}: in this architecture attention and feed-forward run in parallel, so there is no "
                 f"residual between them; use resid_post[{layer}]"
             )
-        return Place(block.get_submodule(paths.mid), "shared")
+        # Not from `blocks`, which holds what was hooked.
+        block = self.decoder.get_submodule(f"{paths.blocks}.{layer}")
+        side: Literal["input", "output", "shared"] = "input" if name in ("resid_pre", "z") else "output"
+        return Place(block.get_submodule(path), "shared" if name == "resid_mid" else side)
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -243,10 +236,11 @@ def in_place(run: Operator) -> Operator:
     return write
 
 
-def _hook(place: Place, slot: Slot) -> RemovableHandle:
-    if place.at == "output":
-        return _on_output(place.module, slot)
-    return _on_input(place.module, slot, in_place(slot.run) if place.at == "shared" else slot.run)
+def _hook(slot: Slot) -> RemovableHandle:
+    module, at = slot.place
+    if at == "output":
+        return _on_output(module, slot)
+    return _on_input(module, slot, in_place(slot.run) if at == "shared" else slot.run)
 
 
 def _on_output(module: nn.Module, slot: Slot) -> RemovableHandle:

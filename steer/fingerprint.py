@@ -40,10 +40,10 @@ class Fingerprints:
     def current(self) -> Fingerprint:
         """That of the weights that run at present."""
         # PEFT switches all modules together.
-        running = [(*_running(module), *module.merged_adapters) for module in self._adapted[:1]]
-        if str(running) not in self._known:
-            self._known[str(running)] = self._take()
-        return self._known[str(running)]
+        choice = [(tuple(_running(module)), tuple(module.merged_adapters)) for module in self._adapted[:1]]
+        if str(choice) not in self._known:
+            self._known[str(choice)] = self._take()
+        return self._known[str(choice)]
 
     def _take(self) -> Fingerprint:
         config = self._decoder.config

@@ -465,5 +465,7 @@ def _prompt_lengths(input_ids: Tensor, kwargs: dict[str, Any]) -> Int[Tensor, " 
     if (mask := kwargs.get("attention_mask")) is not None:
         return mask.sum(1)
     if (positions := kwargs.get("position_ids")) is not None:
+        # Qwen-VL has several for each token, the plain ones first.
+        positions = positions[0] if positions.dim() == 3 else positions
         return positions[:, -1].expand(rows) + 1
     return torch.full((rows,), input_ids.shape[1], device=input_ids.device)

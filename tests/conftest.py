@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import ARCHITECTURES, tiny, tokenizer
+from models import ARCHITECTURES, WRAPPED, tiny, tokenizer
 
 import steer
 from steer.cache import Cache
@@ -21,7 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:some layers of this model see no further back")
 
 
-@pytest.fixture(params=ARCHITECTURES)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows what tests have measured, which they hand over by `record_property`."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{report.nodeid}: {name} {value}")
+
+
+@pytest.fixture(params=[*ARCHITECTURES, *WRAPPED])
 def arch(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.pytorch_utils import Conv1D
 
@@ -28,6 +37,17 @@ _EXPERTS = _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}
 _FALCON = _SHAPE | _UNTIED
 _NEOX = _SHAPE | {"intermediate_size": 80, "rotary_pct": 0.5}
 _OPT = _SHAPE | {"ffn_dim": 80, "word_embed_proj_dim": WIDTH, "max_position_embeddings": 200} | _UNTIED
+
+_SPECIAL = {"vocab_size": VOCABULARY, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+IMAGE = 99
 
 # By name, the type of the configuration and what is set in it.
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,6 +81,44 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         _FALCON | {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
     ),
     "falcon_new": ("falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    # The text's part is that of the models above, and one level deeper.
+    "gemma3_image": (
+        "gemma3",
+        {
+            "text_config": _GEMMA | _SPECIAL,
+            "vision_config": _VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_id": IMAGE,
+            **_UNTIED,
+        },
+    ),
+    "llava": (
+        "llava",
+        {
+            "text_config": {"model_type": "llama"} | _LLAMA | _SPECIAL,
+            "vision_config": {"model_type": "clip_vision_model"} | _VISION,
+            "image_token_index": IMAGE,
+            **_UNTIED,
+        },
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {
+            "text_config": _SHAPE
+            | {"intermediate_size": 80, "num_key_value_heads": 2}
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}}
+            | _SPECIAL,
+            "vision_config": {"hidden_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": WIDTH},
+            "image_token_id": IMAGE,
+            **_UNTIED,
+        },
+    ),
+}
+# Models that something has been done to: which one, and what.
+_CHANGED: dict[str, tuple[str, Callable[[PreTrainedModel], PreTrainedModel]]] = {
+    "llama_lora": ("llama", lambda model: with_lora(model, ["q_proj", "o_proj", "down_proj"])),
+    "gpt2_lora": ("gpt2", lambda model: with_lora(model, ["c_attn", "attn.c_proj"])),
+    "llama_int8": ("llama", lambda model: in_int8(model)),
 }
 ARCHITECTURES = [
     "llama",
@@ -80,22 +138,50 @@ ARCHITECTURES = [
     "bloom",
     "falcon",
 ]
+MULTIMODAL = ["gemma3_image", "llava", "qwen2_5_vl"]
+# Models inside of others, with adapters, and with quantized weights.
+WRAPPED = [*MULTIMODAL, *_CHANGED]
 # Also those configurations that change what is added to the residual stream, and where.
-VARIANTS = [*ARCHITECTURES, *(name for name in _CONFIGS if name not in ARCHITECTURES)]
+VARIANTS = [*ARCHITECTURES, *WRAPPED, *sorted(_CONFIGS.keys() - {*ARCHITECTURES, *WRAPPED})]
 
 
 def tiny(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of this architecture with weights large enough for every part of it to matter."""
+    if name in _CHANGED:
+        base, change = _CHANGED[name]
+        return change(tiny(base, seed=seed, dtype=dtype))
     kind, settings = _CONFIGS[name]
-    config = AutoConfig.for_model(
-        kind, vocab_size=VOCABULARY, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, **settings
-    )
+    auto = AutoModelForImageTextToText if name in MULTIMODAL else AutoModelForCausalLM
     # Some of what GPT-OSS starts from is random.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto.from_config(AutoConfig.for_model(kind, **_SPECIAL | settings), dtype=torch.float32)
     randomize(model, seed)
     return model.to(dtype).eval()
+
+
+def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model that runs when this one generates."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def with_lora(model: PreTrainedModel, targets: list[str], name: str = "default") -> PeftModel:
+    """The model with random adapters."""
+    # GPT-2 keeps its weights the other way round.
+    config = LoraConfig(
+        r=4, target_modules=targets, init_lora_weights=False, fan_in_fan_out=model.config.model_type == "gpt2"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(sum(map(ord, name)))
+        return get_peft_model(model, config, name).eval()
+
+
+def in_int8(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the weights of its linear layers in int8."""
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+    return model
 
 
 def randomize(model: PreTrainedModel, seed: int = 0) -> None:

@@ -442,7 +442,7 @@ def test_a_bridge_that_was_booted_after_wrapping() -> None:
     model = tiny("llama")
     with steer.wrap(model) as lm:
         bridge_of(model)
-        with pytest.raises(steer.SteerError, match="boot the TransformerBridge first"):
+        with pytest.raises(steer.SteerError, match="such as TransformerLens; put these"):
             read(lm, [Span(PROMPTS[0], 0, 5)], ["attn_out[0]"])
 
 

@@ -62,7 +62,7 @@ def test_a_layer_that_the_model_does_not_have(lm: steer.FrozenLM) -> None:
 def test_widths(lm: steer.FrozenLM) -> None:
     widths = {name: lm.width_at(Site(name, 1)) for name in PER_BLOCK}
     # Where the width of a head is set, it is so that all heads are wider than the stream.
-    heads = HEADS * (getattr(lm.model.config, "head_dim", None) or WIDTH // HEADS)
+    heads = HEADS * (getattr(lm.model.config.get_text_config(), "head_dim", None) or WIDTH // HEADS)
     assert widths == dict.fromkeys(PER_BLOCK, WIDTH) | {"z": heads}
     with pytest.raises(steer.SteerError, match=rf"vectors for z\[1\] are 7 wide, the model is {heads} wide there"):
         lm.steered(edits=[steer.ResidualEdit(Site("z", 1), torch.ones(1, 7))]).__enter__()

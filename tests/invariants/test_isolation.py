@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import tiny, tokenizer
+from models import ARCHITECTURES, tiny, tokenizer
 from rows import Generated, Row, assert_close, cross_attention, edits_of, generate, random_row
 
 import steer
@@ -73,6 +74,31 @@ def test_any_batch_mates_in_any_order(arch: str, count: int) -> None:
             assert_close(together.logits[row], alone[i].logits[0])
 
     search(count, check, picks=compositions, contrast=st.booleans())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_two_thousand_random_batches(arch: str, record_property: Callable[[str, object], None]) -> None:
+    """So many over all architectures, of rows that differ in length, in who steers them and by what."""
+    lm, layer, rng = bench(arch).lm, bench(arch).layer, random.Random(arch)
+    contrasted = [random_row(seed) for seed in range(100, 132)]
+    pools = [contrasted, [row.without_context() for row in contrasted]]
+
+    @cache
+    def alone(pool: int, i: int) -> Generated:
+        return generate(lm, [pools[pool][i]], layer, max_new_tokens=STEPS)
+
+    worst = reach = 0.0
+    for _ in range(2000 // len(ARCHITECTURES)):
+        pool, picks = rng.randrange(2), rng.choices(range(32), k=rng.randint(2, 8))
+        together = generate(lm, [pools[pool][i] for i in picks], layer, max_new_tokens=STEPS)
+        for row, i in enumerate(picks):
+            assert together.tokens[row].tolist() == alone(pool, i).tokens[0].tolist()
+            expected = alone(pool, i).logits[0]
+            worst = max(worst, (together.logits[row] - expected).abs().max().item())
+            reach = max(reach, expected.abs().max().item())
+    record_property("worst logit difference", f"{worst:.1e}, where logits reach {reach:.0f}")
+    assert worst < 5e-4
 
 
 @examples

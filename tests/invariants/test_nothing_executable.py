@@ -62,6 +62,8 @@ def fingerprint(name: str, seed: int = 0, *dtypes: torch.dtype) -> Fingerprint:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_fingerprint_is_the_same_in_every_dtype(arch: str, dtype: torch.dtype) -> None:
+    if arch == "llama_int8":
+        pytest.skip("quantized weights keep their dtype")
     assert fingerprint(arch, 0, dtype) == fingerprint(arch)
     assert fingerprint(arch, 0, dtype, torch.float32) == fingerprint(arch)
 

