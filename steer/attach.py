@@ -126,7 +126,7 @@ class Attachment:
         for site, slot in self.slots.items():
             if self.place_of(site).module is not slot.place.module:
                 raise SteerError(
-                    f"the module at {site} was replaced after the model was wrapped, by an adapter or by a library such "
+                    f"the module at {site} was replaced after the model was wrapped, by an adapter or a library such "
                     "as TransformerLens; put these into the model first, then wrap it"
                 )
         if not self._lock.acquire(blocking=False):
