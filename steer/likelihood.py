@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from steer.inject import PrefixEdit
-from steer.read import Span
+from steer.inject import PrefixEdit, ResidualEdit
+from steer.read import Span, by_length
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
     from steer.inject import Edit
+    from steer.inject.positions import Positions
     from steer.model import FrozenLM
+    from steer.sites import Site
 
 T = TypeVar("T")
 
@@ -41,6 +43,43 @@ def response_losses(
         logits[:, :-1].float().transpose(1, 2), targets.to(logits.device), ignore_index=_NO_TARGET, reduction="none"
     )
     return losses.sum(1), (targets != _NO_TARGET).sum(1).to(losses)
+
+
+@torch.enable_grad()
+def response_gradients(
+    lm: FrozenLM,
+    spans: Sequence[Span],
+    sites: Sequence[Site],
+    *,
+    positions: Positions = "response",
+    batch_tokens: int = 2048,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[dict[Site, Float[Tensor, "row d"]], Float[Tensor, " row"]]:
+    """The gradient of each span's sum of −log p by a vector that is added at a site, at zero; and its tokens.
+
+    One forward and one backward pass a batch, for all sites; no gradient is computed for the model, nor below the
+    lowest site. float32, on the CPU.
+
+    Args:
+        lm: the model.
+        spans: texts and the parts of them that count.
+        sites: where the vector would be added.
+        positions: from which position on.
+        batch_tokens: size of a batch, with padding.
+        on_progress: told the number of texts done after each batch.
+    """
+    gradients = {site: torch.empty(len(spans), lm.width_at(site)) for site in sites}
+    tokens, done = torch.empty(len(spans)), 0
+    for batch in by_length({i: len(span.ids) for i, span in enumerate(spans)}, batch_tokens):
+        offsets = {site: torch.zeros(len(batch), lm.width_at(site), requires_grad=True) for site in sites}
+        edits = [ResidualEdit(site, vectors, positions) for site, vectors in offsets.items()]
+        losses, tokens[batch] = response_losses(lm, [spans[i] for i in batch], edits)
+        for site, gradient in zip(sites, torch.autograd.grad(losses.sum(), list(offsets.values())), strict=True):
+            gradients[site][batch] = gradient.float().cpu()
+        done += len(batch)
+        if on_progress is not None:
+            on_progress(done)
+    return gradients, tokens
 
 
 def _targets(spans: Sequence[Span]) -> Int[Tensor, "row pos"]:

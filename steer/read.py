@@ -328,7 +328,7 @@ class _Reader:
             past = self._grow(tree)
             shared = {i: tree.shared(i) if past is not None else 0 for i in tree.texts}
             width = 0 if past is None else past.mask.shape[1]
-            for texts in _batches({i: spans[i].end - shared[i] for i in tree.texts}, width, self._batch_tokens):
+            for texts in by_length({i: spans[i].end - shared[i] for i in tree.texts}, self._batch_tokens, width):
                 rows = [spans[i].ids[shared[i] : spans[i].end] for i in texts]
                 self._run(rows, None if past is None else past.of([tree.texts[i] for i in texts]))
                 starts, ends = (
@@ -422,8 +422,14 @@ def _common_beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return first[:length] if length >= _SHORTEST_STEM else ()
 
 
-def _batches(lengths: Mapping[int, int], past: int, batch_tokens: int) -> Iterator[list[int]]:
-    """Texts of like length together, the longest first, so that a batch that is too large fails at once."""
+def by_length(lengths: Mapping[int, int], batch_tokens: int, past: int = 0) -> Iterator[list[int]]:
+    """Texts of like length together, the longest first, so that a batch that is too large fails at once.
+
+    Args:
+        lengths: tokens of each text, by its number.
+        batch_tokens: tokens of a batch, with padding.
+        past: further tokens that stand before each text.
+    """
     order = sorted(lengths, key=lambda i: -lengths[i])
     while order:
         size = max(batch_tokens // (past + lengths[order[0]]), 1)

@@ -2,6 +2,7 @@
 
 from steer.methods.caa import CAA
 from steer.methods.cos import CoS
+from steer.methods.natural_gradient import NaturalGradient
 from steer.methods.perfit import PerFit
 from steer.methods.prefix_tuning import PrefixTuning
 from steer.methods.repe import RepEPCA
@@ -9,4 +10,14 @@ from steer.methods.style_vector import StyleVector
 from steer.methods.trained_vector import TrainedVector
 from steer.methods.user_llm import UserLLM
 
-__all__ = ["CAA", "CoS", "PerFit", "PrefixTuning", "RepEPCA", "StyleVector", "TrainedVector", "UserLLM"]
+__all__ = [
+    "CAA",
+    "CoS",
+    "NaturalGradient",
+    "PerFit",
+    "PrefixTuning",
+    "RepEPCA",
+    "StyleVector",
+    "TrainedVector",
+    "UserLLM",
+]

@@ -10,7 +10,7 @@ import torch
 
 from steer.errors import SteerError
 from steer.likelihood import batches_of, response_losses
-from steer.read import Span
+from steer.read import Span, by_length
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -155,19 +155,11 @@ class _Loss:
             tokens[user] += span.end - max(span.start, 1)
         # NaN for users without any text.
         means = torch.zeros(self.users) / (tokens > 0)
-        for part in self._parts(texts):
-            rows = torch.tensor([user for user, _ in part])
-            sums, _ = response_losses(self.lm, [span for _, span in part], self.edits(rows))
+        for part in by_length({i: len(span.ids) for i, (_, span) in enumerate(texts)}, self.batch_tokens):
+            rows = torch.tensor([texts[i][0] for i in part])
+            sums, _ = response_losses(self.lm, [texts[i][1] for i in part], self.edits(rows))
             losses = sums / tokens[rows].to(sums)
             if torch.is_grad_enabled():
                 losses.sum().backward()
             means.index_add_(0, rows, losses.detach().float().cpu())
         return means
-
-    def _parts(self, texts: Sequence[tuple[int, Span]]) -> Iterator[list[tuple[int, Span]]]:
-        """Texts of like length together, the longest first, as much as a forward pass may hold."""
-        order = sorted(texts, key=lambda text: -len(text[1].ids))
-        while order:
-            size = max(self.batch_tokens // len(order[0][1].ids), 1)
-            yield order[:size]
-            order = order[size:]
