@@ -44,13 +44,15 @@ class Slot:
 
     def run(self, hidden: Tensor) -> Tensor:
         positions = self._attachment.positions
-        # OPT's feed-forward sees rows and positions as one dimension.
-        flat = hidden.dim() == 2 and positions is not None
-        if flat:
-            hidden = hidden.unflatten(0, positions.shape)
+        if hidden.dim() == 2 and positions is not None:
+            # OPT's feed-forward sees rows and positions as one dimension.
+            return self._run(hidden.unflatten(0, positions.shape)).flatten(0, 1)
+        return self._run(hidden)
+
+    def _run(self, hidden: Tensor) -> Tensor:
         for operator in self.operators:
             hidden = operator(hidden)
-        return hidden.flatten(0, 1) if flat else hidden
+        return hidden
 
 
 class Attachment:

@@ -22,7 +22,7 @@ from steer.state import Artifact, Fingerprint, UserState
 from steer.steering import Operators, Steering
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from steer.bank import Bank
 
@@ -60,7 +60,7 @@ class FrozenLM:
         if decoder in _WRAPPED and _WRAPPED[decoder]() is not None:
             raise SteerError("this model is wrapped already; use that FrozenLM, or close() it first")
         self._text = cast("PreTrainedModel", decoder.get_submodule(path))
-        self._config = cast("PreTrainedConfig", self._text.config)
+        self._config = self._text.config
         self._fingerprints = Fingerprints(self._text)
         self.width = cast(int, self._config.hidden_size)
         self.operators = Operators(prefix_start=1 if self._adds_bos else 0)
