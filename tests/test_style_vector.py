@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import HEADS, tiny, tokenizer
 from rows import assert_close
+from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
 import steer
@@ -96,8 +97,6 @@ def test_the_sign_of_pca_does_not_depend_on_the_decomposition() -> None:
 
 
 def test_logistic_regression_is_scikit_learns(llama: steer.FrozenLM) -> None:
-    from sklearn.linear_model import LogisticRegression
-
     (history,) = people(1)
     own, other = states_of(llama, history), states_of(llama, history, "plain")
     fitted = LogisticRegression(tol=1e-8, max_iter=10_000).fit(np.concatenate([own, other]), [1] * 6 + [0] * 6)
@@ -132,8 +131,11 @@ def test_extractors_against_the_population(llama: steer.FrozenLM) -> None:
         np.linalg.norm(rows[2].mean(0) - centre), rel=1e-4
     )
     others = np.concatenate([own for u, own in enumerate(rows) if u != 2])
-    unit = vector(methods["logistic"].fit(llama, histories[2]))
-    assert (rows[2] @ unit).min() > (others @ unit).max()
+    labels = [1] * 6 + [0] * 18
+    fitted = LogisticRegression(class_weight="balanced", tol=1e-8, max_iter=10_000)
+    normal = fitted.fit(np.concatenate([rows[2], others]), labels).coef_[0]
+    found = vector(methods["logistic"].fit(llama, histories[2]))
+    np.testing.assert_allclose(found / np.linalg.norm(found), normal / np.linalg.norm(normal), atol=1e-4)
 
 
 def test_the_sample_of_a_population_is_bounded_and_fair(llama: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
