@@ -36,7 +36,7 @@ Pool = Literal["last", "mean"]
 PoolFunction = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 _POOLS: dict[Pool, PoolFunction] = {"last": last_token, "mean": mean_over_response}
 
-# A pass over what texts share pays from about this many tokens on (SmolLM2 135M on a CPU; a GPU counts passes more).
+# A pass of its own over what texts share breaks even at about four tokens (SmolLM2 135M on a CPU).
 _SHORTEST_STEM = 8
 _WINDOW = 2048
 
@@ -56,7 +56,8 @@ class Reading:
 
     Attributes:
         pooled: one vector per text, in the order of the texts, float32, on the CPU.
-        norms: each text's median residual norm over the tokens of its span, the first token of the text excluded.
+        norms: each text's median residual norm over the tokens of its span, without the first token of the text; NaN
+            where there is no other.
     """
 
     pooled: Float[Tensor, "text d"]
@@ -70,7 +71,7 @@ class Reading:
     @property
     def norm(self) -> float:
         """The mean of the texts' median norms: the usual norm of the residual stream, and additive over texts."""
-        return self.norms.double().mean().item()
+        return self.norms.double().nanmean().item()
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def read(
         cache: texts that were read before are taken from here, and new ones go here. It needs a pool with a name.
 
     Raises:
-        SteerError: no texts, no such site, an unknown pool, or a span without a token besides its text's first.
+        SteerError: no texts, no such site, an unknown pool, or a span without a token that counts.
     """
     batches, done = [], 0
     for batch in read_batches(lm, spans, sites, pool=pool, batch_tokens=batch_tokens, cache=cache):
@@ -196,8 +197,9 @@ def _stream(reader: _Reader, kept: _Kept | None, spans: Iterator[Span], size: in
     first = 0
     while window := list(islice(spans, size)):
         for span in window:
-            if not max(span.start, 1) < span.end <= len(span.ids):
-                raise SteerError(f"[{span.start}, {span.end}) of {len(span.ids)} tokens holds none besides the first")
+            # The first token of a text has a state, which can be read, and plays no part in means and norms.
+            if not max(span.start, 0 if reader.pool is last_token else 1) < span.end <= len(span.ids):
+                raise SteerError(f"[{span.start}, {span.end}) of {len(span.ids)} tokens holds none that counts")
         missing = list(range(len(window)))
         if kept is not None:
             found = kept.find(window)
@@ -319,7 +321,8 @@ class _Reader:
     """Runs texts through the model."""
 
     def __init__(self, lm: FrozenLM, sites: Sequence[Site], pool: PoolFunction, batch_tokens: int) -> None:
-        self._lm, self._sites, self._pool, self._batch_tokens = lm, sites, pool, batch_tokens
+        self.pool = pool
+        self._lm, self._sites, self._batch_tokens = lm, sites, batch_tokens
         self._recorder = _Recorder(sites)
 
     def read(self, spans: Sequence[Span]) -> Iterator[Batch]:
@@ -337,7 +340,7 @@ class _Reader:
                 hidden = self._recorder.take()
                 yield Batch(
                     texts,
-                    {s: self._pool(h, starts.to(h.device), ends.to(h.device)).cpu() for s, h in hidden.items()},
+                    {s: self.pool(h, starts.to(h.device), ends.to(h.device)).cpu() for s, h in hidden.items()},
                     {s: median_norm(h, starts.to(h.device), ends.to(h.device)).cpu() for s, h in hidden.items()},
                 )
 

@@ -156,7 +156,7 @@ def test_a_stream_is_read_like_a_list(llama: steer.FrozenLM) -> None:
 def live() -> int:
     """Bytes of all tensors there are."""
     gc.collect()
-    return sum(o.nbytes for o in gc.get_objects() if type(o) is Tensor)
+    return sum(o.nbytes for o in gc.get_objects() if type(o) is Tensor and o.layout is torch.strided)
 
 
 def test_memory_does_not_grow_with_the_number_of_texts(llama: steer.FrozenLM) -> None:
@@ -214,12 +214,22 @@ def test_readings_that_cannot_be(llama: steer.FrozenLM, tmp_path: Path) -> None:
         read(llama, [Span([5, 6], 0, 2)], [])
     with pytest.raises(steer.SteerError, match="pool='max' is not one of last, mean"):
         read(llama, [Span([5, 6], 0, 2)], [SITE], pool="max")  # type: ignore[arg-type]
-    for start, end, count in ((0, 1, 3), (2, 2, 3), (0, 4, 3)):
-        with pytest.raises(steer.SteerError, match="holds none besides the first"):
-            read(llama, [Span([5] * count, start, end)], [SITE])
+    for pool, start, end, count in (("mean", 0, 1, 3), ("mean", 2, 2, 3), ("last", 2, 2, 3), ("last", 0, 4, 3)):
+        with pytest.raises(steer.SteerError, match=rf"\[{start}, {end}\) of {count} tokens holds none"):
+            read(llama, [Span([5] * count, start, end)], [SITE], pool=pool)  # type: ignore[arg-type]
     with pytest.raises(steer.SteerError, match="give pool by name"):
         read(llama, [Span([5, 6], 0, 2)], [SITE], pool=lambda h, a, b: h[:, 0], cache=Cache(tmp_path / "c"))
     assert llama.generate_tokens(["still free"], max_new_tokens=2)
+
+
+def test_a_single_token_has_a_last_state_and_no_norm(llama: steer.FrozenLM) -> None:
+    spans = [Span([7], 0, 1), Span([7, 8, 9], 1, 3)]
+    reading = read(llama, spans, [SITE])[SITE]
+    with torch.no_grad():
+        expected = llama.model(torch.tensor([[7]]), output_hidden_states=True).hidden_states[2][0, 0]
+    assert_close(reading.pooled[0], expected)
+    assert reading.norms.isnan().tolist() == [True, False]
+    assert reading.norm == pytest.approx(reading.norms[1].item())
 
 
 def test_progress_counts_texts(llama: steer.FrozenLM) -> None:
