@@ -19,9 +19,6 @@ import steer
 
 # Small graphs, for what does not depend on the architecture.
 SMALL = "gpt2"
-PROMPTS = ["a prompt", "x", "another, longer one", "the last"]
-MIDDLE = steer.Site("resid_mid", 1)
-
 # Compiling is what takes time.
 FORWARD = [name for name in (*ARCHITECTURES, *WRAPPED) if name not in ALIKE]
 DECODING = ["llama", "gemma3", "gpt2", "opt", "bloom"]
@@ -31,6 +28,10 @@ def every(first: Sequence[str]) -> list[object]:
     """All architectures, those that are not named in the full run only."""
     names = [*ARCHITECTURES, *WRAPPED]
     return [name if name in first else pytest.param(name, marks=pytest.mark.full) for name in names]
+
+
+PROMPTS = ["a prompt", "x", "another, longer one", "the last"]
+MIDDLE = steer.Site("resid_mid", 1)
 
 
 @pytest.fixture
