@@ -34,8 +34,16 @@ class Method(ABC):
         super().__init_subclass__(**kwargs)
         METHODS[cls.name] = cls
 
-    def train(self, lm: FrozenLM, histories: Iterable[History]) -> Artifact | None:
-        """Learns what users share, if the method has such a thing; later calls of `fit` use it."""
+    def train(
+        self, lm: FrozenLM, histories: Iterable[History], on_progress: Callable[[float], None] | None = None
+    ) -> Artifact | None:
+        """Learns what users share, if the method has such a thing; later calls of `fit` use it.
+
+        Args:
+            lm: the model.
+            histories: of the users.
+            on_progress: told from time to time what share of the work is done.
+        """
         return None
 
     def use(self, lm: FrozenLM, artifact: Artifact) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import ARCHITECTURES, WRAPPED, tiny, tokenizer
+from models import ALIKE, ARCHITECTURES, WRAPPED, tiny, tokenizer
 
 import steer
 from steer.cache import Cache
@@ -19,6 +19,14 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     # The tiny Gemma has a tiny window, on purpose.
     config.addinivalue_line("filterwarnings", "ignore:some layers of this model see no further back")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        arch = item.callspec.params.get("arch") if hasattr(item, "callspec") else None
+        if arch in ALIKE and "invariants" not in item.path.parts:
+            item.add_marker(pytest.mark.full)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

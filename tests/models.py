@@ -141,6 +141,19 @@ ARCHITECTURES = [
 MULTIMODAL = ["gemma3_image", "llava", "qwen2_5_vl"]
 # Models inside of others, with adapters, and with quantized weights.
 WRAPPED = [*MULTIMODAL, *_CHANGED]
+# To the hooks these are built as others are: they go through the invariants, but for compiling, and through the rest in
+# full runs only.
+ALIKE = {
+    "mistral": "llama",
+    "phi3": "llama",
+    "qwen2": "llama",
+    "qwen3": "llama",
+    "mixtral": "gpt_oss",
+    "gemma2": "gemma3",
+    "gptj": "falcon",
+    "llava": "gemma3_image",
+    "gpt2_lora": "llama_lora",
+}
 # Also those configurations that change what is added to the residual stream, and where.
 VARIANTS = [*ARCHITECTURES, *WRAPPED, *sorted(_CONFIGS.keys() - {*ARCHITECTURES, *WRAPPED})]
 

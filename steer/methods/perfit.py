@@ -29,7 +29,7 @@ from steer.methods.vectors import layer_sites, reference_norms
 from steer.read import Span, record_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
-from steer.train import train_users
+from steer.train import each_step, train_users
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -75,7 +75,12 @@ class PerFit(Method):
         return layer_sites(self.layer)
 
     def train(
-        self, lm: FrozenLM, histories: Iterable[History], on_step: Callable[[int, float], None] | None = None
+        self,
+        lm: FrozenLM,
+        histories: Iterable[History],
+        on_progress: Callable[[float], None] | None = None,
+        *,
+        on_step: Callable[[int, float], None] | None = None,
     ) -> Artifact:
         """Trains the shared maps on the texts of all users.
 
@@ -85,7 +90,8 @@ class PerFit(Method):
         spans = [record_span(lm, record) for history in histories for record in history]
         if not spans:
             raise SteerError("there are no records to train the shared maps on")
-        maps, _ = self._descend(lm, [spans], self.shared_rank, self.shared_epochs, shared=None, on_step=on_step)
+        told = each_step(self._steps(len(spans), self.shared_epochs), on_progress, on_step)
+        maps, _ = self._descend(lm, [spans], self.shared_rank, self.shared_epochs, shared=None, on_step=told)
         self.artifact = Artifact(
             method=self.name,
             version=self.version,
@@ -112,10 +118,8 @@ class PerFit(Method):
         self, lm: FrozenLM, histories: Sequence[History], on_progress: Callable[[float], None] | None = None
     ) -> list[UserState]:
         """Trains many users' maps at once; each is what `fit` gives, to rounding."""
-        if on_progress is None:
-            return self._fit(lm, histories, None)
         steps = max((self._steps(len(history), self.epochs) for history in histories), default=1)
-        return self._fit(lm, histories, lambda step, loss: on_progress((step + 1) / steps))
+        return self._fit(lm, histories, each_step(steps, on_progress))
 
     @classmethod
     def bind(

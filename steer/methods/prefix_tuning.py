@@ -21,7 +21,7 @@ from steer.method import Method
 from steer.read import record_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
-from steer.train import train_users
+from steer.train import each_step, train_users
 
 if TYPE_CHECKING:
     from steer.model import FrozenLM
@@ -64,9 +64,7 @@ class PrefixTuning(Method):
         self, lm: FrozenLM, histories: Sequence[History], on_progress: Callable[[float], None] | None = None
     ) -> list[UserState]:
         """Trains many users' prefixes at once; each is what `fit` gives, to rounding."""
-        if on_progress is None:
-            return self._fit(lm, histories, None)
-        return self._fit(lm, histories, lambda step, loss: on_progress((step + 1) / self.steps))
+        return self._fit(lm, histories, each_step(self.steps, on_progress))
 
     @classmethod
     def bind(

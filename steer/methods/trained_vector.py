@@ -26,7 +26,7 @@ from steer.methods.vectors import by_site, layer_sites, reference_norms, vector_
 from steer.read import Span, record_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
-from steer.train import train_users
+from steer.train import each_step, train_users
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -71,7 +71,12 @@ class TrainedVector(Method):
         return layer_sites(self.layer)
 
     def train(
-        self, lm: FrozenLM, histories: Iterable[History], on_step: Callable[[int, float], None] | None = None
+        self,
+        lm: FrozenLM,
+        histories: Iterable[History],
+        on_progress: Callable[[float], None] | None = None,
+        *,
+        on_step: Callable[[int, float], None] | None = None,
     ) -> Artifact | None:
         """Trains the common vector on the texts of all users, if there is to be one.
 
@@ -83,7 +88,8 @@ class TrainedVector(Method):
         spans = [record_span(lm, record) for history in histories for record in history]
         if not spans:
             raise SteerError("there are no records to train the common vector on")
-        trained = self._descend(lm, [spans], self.shared_steps, common=None, on_step=on_step)
+        told = each_step(self.shared_steps, on_progress, on_step)
+        trained = self._descend(lm, [spans], self.shared_steps, common=None, on_step=told)
         self.artifact = Artifact(
             method=self.name,
             version=self.version,
@@ -115,9 +121,7 @@ class TrainedVector(Method):
         self, lm: FrozenLM, histories: Sequence[History], on_progress: Callable[[float], None] | None = None
     ) -> list[UserState]:
         """Trains many users' vectors at once; each is what `fit` gives, to rounding."""
-        if on_progress is None:
-            return self._fit(lm, histories, None)
-        return self._fit(lm, histories, lambda step, loss: on_progress((step + 1) / self.steps))
+        return self._fit(lm, histories, each_step(self.steps, on_progress))
 
     @classmethod
     def bind(

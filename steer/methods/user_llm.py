@@ -26,6 +26,7 @@ from steer.method import Method
 from steer.read import Span, read, record_span, response_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
+from steer.train import each_step
 
 if TYPE_CHECKING:
     from steer.model import FrozenLM
@@ -60,13 +61,19 @@ class UserLLM(Method):
         return [Site("resid_mid", layer) for layer in layers]
 
     def train(
-        self, lm: FrozenLM, histories: Iterable[History], on_step: Callable[[int, float], None] | None = None
+        self,
+        lm: FrozenLM,
+        histories: Iterable[History],
+        on_progress: Callable[[float], None] | None = None,
+        *,
+        on_step: Callable[[int, float], None] | None = None,
     ) -> Artifact:
         """Trains the cross-attention layers: each record is to be predicted from the memory of its user's others.
 
         Args:
             lm: the model; no gradient is computed for its parameters.
             histories: users with at least two records each.
+            on_progress: told the share of the steps that are made.
             on_step: told the number of each step and its loss in nats per token.
 
         Raises:
@@ -75,7 +82,7 @@ class UserLLM(Method):
         examples = [example for history in histories if len(history) > 1 for example in self._examples(lm, history)]
         if not examples:
             raise SteerError("training needs users with at least two records: one is predicted from the others")
-        generator = torch.Generator().manual_seed(self.seed)
+        generator, told = torch.Generator().manual_seed(self.seed), each_step(self.steps, on_progress, on_step)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             layers = {site: GatedCrossAttention(lm.width, lm.width, heads=self.heads) for site in self.sites}
@@ -90,8 +97,8 @@ class UserLLM(Method):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if on_step is not None:
-                on_step(step, loss.item())
+            if told is not None:
+                told(step, loss.item())
         self.artifact = Artifact(
             method=self.name,
             version=self.version,

@@ -1,5 +1,5 @@
 """Training by gradient: what many users own is trained at once, as rows of a batch."""
 
-from steer.train.users import train_users
+from steer.train.users import each_step, train_users
 
-__all__ = ["train_users"]
+__all__ = ["each_step", "train_users"]

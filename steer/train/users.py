@@ -140,6 +140,21 @@ class _User:
         return step == self.steps
 
 
+def each_step(
+    steps: int, on_progress: Callable[[float], None] | None, on_step: Callable[[int, float], None] | None = None
+) -> Callable[[int, float], None] | None:
+    """One callback out of two: the share of the steps that are made, and each step's number and loss."""
+    if on_progress is None:
+        return on_step
+
+    def told(step: int, loss: float) -> None:
+        on_progress((step + 1) / steps)
+        if on_step is not None:
+            on_step(step, loss)
+
+    return told
+
+
 @dataclass(frozen=True)
 class _Loss:
     """Each user's mean over the tokens of given texts; adds its gradients up where gradients are enabled."""

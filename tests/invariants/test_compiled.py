@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import ARCHITECTURES, WIDTH, WRAPPED, tiny, tokenizer
+from models import ALIKE, ARCHITECTURES, WIDTH, WRAPPED, tiny, tokenizer
 from rows import MARKED, MEMORY_WIDTH, RANK, Generated, Row, assert_close, cross_attention, edits_of, generate
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,15 +20,13 @@ from steer.inject import Edit, SiteEdit
 
 # Small graphs, for what does not depend on the architecture.
 SMALL = "gpt2"
-# Compiling is what takes time. To the hooks, the others are built as one of these: Mistral, Phi-3 and both Qwens as
-# Llama, Mixtral as GPT-OSS (experts), OLMo 2 and Gemma 2 as Gemma 3 (norms after the parts), GPT-NeoX and GPT-J as
-# Falcon (parallel parts), and among the wrapped ones those with images as Gemma 3, those with adapters as Llama.
-FORWARD = ["llama", "gemma3", "gpt_oss", "gpt2", "opt", "bloom", "falcon", "gemma3_image", "llama_lora"]
+# Compiling is what takes time.
+FORWARD = [name for name in (*ARCHITECTURES, *WRAPPED) if name not in ALIKE]
 DECODING = ["llama", "gemma3", "gpt2", "opt", "bloom"]
 
 
 def every(first: Sequence[str]) -> list[object]:
-    """All architectures, those that are not named first in the full run only."""
+    """All architectures, those that are not named in the full run only."""
     names = [*ARCHITECTURES, *WRAPPED]
     return [name if name in first else pytest.param(name, marks=pytest.mark.full) for name in names]
 
