@@ -13,7 +13,7 @@ from torch import Tensor
 
 import steer
 from steer.likelihood import response_gradients, response_losses
-from steer.methods.natural_gradient import natural_direction
+from steer.methods.natural_gradient import natural_directions
 from steer.read import record_span
 
 SITES = [steer.Site("resid_post", 0), steer.Site("resid_post", 1)]
@@ -46,15 +46,24 @@ def test_the_model_gets_no_gradient(llama: steer.FrozenLM, histories: list[steer
     assert all(parameter.grad is None for parameter in llama.model.parameters())
 
 
-@pytest.mark.parametrize(("texts", "width"), [(3, 7), (40, 7), (1, 5)])
-def test_the_direction_is_that_of_the_damped_fisher_information(texts: int, width: int) -> None:
+@pytest.mark.parametrize("texts", [3, 40, 1])
+def test_the_direction_is_that_of_the_damped_fisher_information(texts: int) -> None:
+    """Over two sites of different widths and scales at once."""
     rng = np.random.default_rng(texts)
-    sample, means = rng.normal(size=(texts, width)), rng.normal(size=(2, width))
-    tokens, damping = 11, 0.5
-    fisher = sample.T @ sample / tokens
-    expected = np.linalg.solve(fisher + damping * np.trace(fisher) / width * np.eye(width), means.T).T
-    direction = natural_direction(torch.tensor(means), torch.tensor(sample), tokens, damping)
-    np.testing.assert_allclose(direction.numpy(), expected, rtol=1e-9)
+    widths, scales, tokens, damping = (7, 5), (1.0, 30.0), 11, 0.5
+    sample = [scale * rng.normal(size=(texts, width)) for width, scale in zip(widths, scales, strict=True)]
+    wanted = [rng.normal(size=(2, width)) for width in widths]
+    whole = np.concatenate(sample, axis=1)
+    fisher = whole.T @ whole / tokens
+    diagonal = np.concatenate([np.full(g.shape[1], np.square(g).sum() / tokens / g.shape[1]) for g in sample])
+    expected = np.linalg.solve(fisher + damping * np.diag(diagonal), np.concatenate(wanted, axis=1).T).T
+    directions = natural_directions(
+        {site: torch.tensor(rows) for site, rows in zip(SITES, wanted, strict=True)},
+        {site: torch.tensor(rows) for site, rows in zip(SITES, sample, strict=True)},
+        tokens,
+        damping,
+    )
+    np.testing.assert_allclose(torch.cat([directions[site] for site in SITES], 1).numpy(), expected, rtol=1e-9)
 
 
 def test_a_step_makes_own_texts_likelier_than_a_plain_gradient_step_of_that_length(
@@ -93,9 +102,9 @@ def test_many_users_are_read_as_one_by_one(llama: steer.FrozenLM, histories: lis
         assert text != llama.generate(["greet me"], max_new_tokens=4)
 
 
-def test_centred_steps_of_equal_users_cancel(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+def test_own_parts_cancel(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
     """The mean over tokens of the users' own parts is nothing."""
-    method = steer.NaturalGradient(layer=1, centred=True)
+    method = steer.NaturalGradient(layer=1, common=0.0)
     method.train(llama, histories)
     states = method.fit_many(llama, histories)
     weighted = sum(s.provenance.calibration["tokens"] * s.tensors["resid_post[1]"] for s in states)
@@ -104,9 +113,9 @@ def test_centred_steps_of_equal_users_cancel(llama: steer.FrozenLM, histories: l
     assert weighted.norm() < 1e-4 * longest
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_records_come_and_go(llama: steer.FrozenLM, histories: list[steer.History], centred: bool) -> None:
-    method = steer.NaturalGradient(layer=1, centred=centred)
+@pytest.mark.parametrize("common", [0.0, 2.0])
+def test_records_come_and_go(llama: steer.FrozenLM, histories: list[steer.History], common: float) -> None:
+    method = steer.NaturalGradient(layer=1, common=common)
     method.train(llama, histories)
     early, whole = histories[0].first(1), histories[0]
     grown = method.update(llama, method.fit(llama, early), whole.records[1:])

@@ -1,15 +1,17 @@
 """A vector per user that is one step of natural gradient on the likelihood of what the user wrote.
 
     g_u = 1/T_u · Σ_i ∇_δ −log p( y_i | x_i ; h_l(x)_t + δ ) at δ = 0              t from the last prompt token on
-    F   = 1/T · Σ_i ∇_i ∇_iᵀ                                                        over texts of all users
-    v_u = −step · (F + λ · tr(F)/d · I)⁻¹ g_u                                       h'_l(x)_t = h_l(x)_t + α · v_u
+    F   = 1/T · Σ_i ∇_i ∇_iᵀ,   ḡ = 1/T · Σ_i ∇_i                                   over texts of all users
+    v_u = −step · (F + λ · diag)⁻¹ ( (g_u − ḡ) + common · ḡ )                       h'_l(x)_t = h_l(x)_t + α · v_u
 
 where ∇_i is the gradient of text i, summed over its tokens, T_u the user's tokens and T everybody's. F is the empirical
 Fisher information, so that v_u is the direction of Amari, "Natural Gradient Works Efficiently in Learning", Neural
 Computation 10 (1998), for a constant offset of the residual stream. It takes one forward and one backward pass for a
 text, where training a vector (`trained_vector.py`) takes many. Directions in which texts differ for all kinds of
 reasons have large gradients of either sign and are damped by F⁻¹; what is left is more of the person than a difference
-of means has.
+of means has. ḡ is what is common to all, the genre: known from many more texts, it may go further than the user's own
+part. At several layers ∇ is the gradient at all of them, so that F knows what one layer does to another's effect; diag
+is tr(F)/d of each layer.
 """
 
 from __future__ import annotations
@@ -48,9 +50,9 @@ class NaturalGradient(Method):
 
     Args:
         layer: after which block, or blocks, to read and to add.
-        damping: λ, in units of F's mean diagonal.
+        damping: λ, in units of F's mean diagonal at each layer.
         step: length of the step at strength 1. F overestimates the curvature, so that 1 falls short.
-        centred: takes the population's mean gradient from every user's, which leaves the user's own part.
+        common: how much of the population's mean gradient a vector has: 0 leaves the user's own part alone.
         positions: from which position on the vector is added, in reading as in steering.
         max_tokens: longer texts are cut.
         seed: of the texts that make F where there are more than 1,024.
@@ -60,8 +62,8 @@ class NaturalGradient(Method):
 
     layer: int | Sequence[int]
     damping: float = 3.0
-    step: float = 2.0
-    centred: bool = False
+    step: float = 3.0
+    common: float = 2.0
     positions: Positions = "response"
     max_tokens: int = 1024
     seed: int = 0
@@ -121,7 +123,7 @@ class NaturalGradient(Method):
         if empty := [history for history in histories if not len(history)]:
             raise SteerError(f"{empty[0].user_id!r} has no records to read a gradient from")
         sums, tokens = self._sums(lm, [list(history) for history in histories], on_progress)
-        settings = {key: getattr(self, key) for key in ("damping", "step", "centred", "positions", "max_tokens")}
+        settings = {key: getattr(self, key) for key in ("damping", "step", "common", "positions", "max_tokens")}
         return [
             UserState(
                 provenance=Provenance(
@@ -200,14 +202,11 @@ class NaturalGradient(Method):
         self, sums: Mapping[Site, Float[Tensor, "user d"]], tokens: Sequence[int]
     ) -> dict[Site, Float[Tensor, "user d"]]:
         assert self.artifact is not None
-        steps = {}
-        for site, summed in sums.items():
-            sample, total = self.artifact.tensors[str(site)].double(), self.artifact.settings["tokens"]
-            mean = summed / torch.tensor(tokens, dtype=torch.float64)[:, None]
-            if self.centred:
-                mean = mean - sample.sum(0) / total
-            steps[site] = -self.step * natural_direction(mean, sample, total, self.damping)
-        return steps
+        sample = {site: self.artifact.tensors[str(site)].double() for site in sums}
+        total, counts = self.artifact.settings["tokens"], torch.tensor(tokens, dtype=torch.float64)[:, None]
+        common = {site: (self.common - 1) * rows.sum(0) / total for site, rows in sample.items()}
+        wanted = {site: summed / counts + common[site] for site, summed in sums.items()}
+        return {site: -self.step * d for site, d in natural_directions(wanted, sample, total, self.damping).items()}
 
     def _combined(
         self,
@@ -219,7 +218,7 @@ class NaturalGradient(Method):
     ) -> UserState:
         artifact = self._population(lm)
         source = state.provenance
-        settings = {key: getattr(self, key) for key in ("damping", "step", "centred", "positions", "max_tokens")}
+        settings = {key: getattr(self, key) for key in ("damping", "step", "common", "positions", "max_tokens")}
         if source.method != self.name or source.settings != settings | {"population": artifact.hash}:
             raise SteerError("the state was fitted by another method, with other settings or another population")
         if source.model != lm.fingerprint:
@@ -237,15 +236,23 @@ class NaturalGradient(Method):
         return UserState(replace(source, records=ids, calibration=calibration), by_site(tensors))
 
 
-def natural_direction(
-    mean: Float[Tensor, "user d"], gradients: Float[Tensor, "text d"], tokens: int, damping: float
-) -> Float[Tensor, "user d"]:
-    """`(F + λ · tr(F)/d · I)⁻¹ g` with `F = GᵀG / tokens`, by Woodbury's identity: texts are fewer than dimensions."""
-    ridge = damping * gradients.square().sum() / (tokens * gradients.shape[1])
-    gram = gradients @ gradients.T
-    gram.diagonal().add_(tokens * ridge)
-    inner = torch.linalg.solve(gram, gradients @ mean.T)
-    return (mean - (gradients.T @ inner).T) / ridge
+def natural_directions(
+    wanted: Mapping[Site, Float[Tensor, "user d"]],
+    gradients: Mapping[Site, Float[Tensor, "text d"]],
+    tokens: int,
+    damping: float,
+) -> dict[Site, Float[Tensor, "user d"]]:
+    """`(F + λ · diag)⁻¹ g` over all sites, with `F = GᵀG / tokens` and diag the mean diagonal of F at each site.
+
+    By Woodbury's identity, as the texts in G are mostly fewer than the dimensions of all sites.
+    """
+    ridges = {site: damping * rows.square().sum() / (tokens * rows.shape[1]) for site, rows in gradients.items()}
+    # In units in which the damping is the identity.
+    scaled = {site: rows / ridges[site].sqrt() for site, rows in gradients.items()}
+    targets = {site: rows / ridges[site].sqrt() for site, rows in wanted.items()}
+    gram = sum(rows @ rows.T for rows in scaled.values()) + tokens * torch.eye(len(next(iter(scaled.values()))))
+    inner = torch.linalg.solve(gram, sum(scaled[site] @ rows.T for site, rows in targets.items()))
+    return {site: (rows - (scaled[site].T @ inner).T) / ridges[site].sqrt() for site, rows in targets.items()}
 
 
 def _share(on_progress: Callable[[float], None] | None, total: int) -> Callable[[int], None] | None:
