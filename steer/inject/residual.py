@@ -245,7 +245,7 @@ class EditStates(ABC):
         if self.gate.mask is None:
             raise SteerError(
                 "the blocks ran and their decoder did not, so the tokens' positions are not known: this model calls "
-                "its blocks in another way than through `base_model`, and cannot be steered yet"
+                "its blocks in a way of its own, and cannot be steered yet"
             )
         return self.edit(hidden, self.gate.mask.to(hidden.device))
 

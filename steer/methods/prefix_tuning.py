@@ -85,7 +85,7 @@ class PrefixTuning(Method):
             lm,
             [[record_span(lm, record) for record in history] for history in histories],
             [prefixes],
-            lambda users: [PrefixEdit.from_rows([*prefixes[users]], lm.width)],
+            lambda users: [PrefixEdit.from_rows([*prefixes[users]], lm.width_at(Site("embed")))],
             steps=self.steps,
             batch=self.batch,
             learning_rate=self.learning_rate * first.square().mean().sqrt().item(),
