@@ -411,6 +411,27 @@ def extract(folder: Path, *arguments: str) -> Any:
     return json.loads(result.stdout)
 
 
+def test_steer_extract_by_another_method(folder: Path, llama: steer.FrozenLM) -> None:
+    printed = extract(folder, "--set", "damping=2", "--layer", "1")
+    bank, method = steer.Bank(folder / "bank"), steer.NaturalGradient(layer=1, damping=2)
+    method.train(llama, people())
+    for history in people():
+        state = bank[history.user_id, "style"]
+        assert_same(state, method.fit(llama, history), 1e-3)
+        assert printed["users"][history.user_id]["sites"]["resid_post[1]"]["dose"] > 0
+    extract(folder, "--method", "prefix-tuning", "--set", "steps=1", "--set", "length=2", "--name", "prefix")
+    assert bank["user 1", "prefix"].tensors["prefix"].shape == (2, llama.width)
+    for arguments, message in (
+        (["--method", "natural-gradient", "--neutral", "model"], "--neutral is for --method style-vector"),
+        (["--method", "nothing"], "there is no method 'nothing'"),
+        (["--set", "dampin=2"], "natural_gradient: .*'dampin'"),
+        (["--set", "damping"], "--set damping is not a hyper-parameter"),
+        (["--resume", "file"], "--resume is for style vectors"),
+    ):
+        with pytest.raises(steer.SteerError, match=message):
+            extract(folder, *arguments)
+
+
 def test_steer_extract(folder: Path, llama: steer.FrozenLM) -> None:
     printed = extract(folder, "--layer", "1", "--site", "attn_out[0]", "--neutral", "field:plain", "--extractor", "pca")
     bank = steer.Bank(folder / "bank")
@@ -433,7 +454,7 @@ def test_steer_extract_as_in_the_paper(folder: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(steer.SteerError, match="--paper decides on"):
         extract(folder, "--layer", "1", "--paper", "--pool", "mean")
     with pytest.raises(steer.SteerError, match="say where to read"):
-        extract(folder)
+        extract(folder, "--neutral", "field:plain")
 
 
 KILLED = """

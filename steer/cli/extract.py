@@ -1,4 +1,4 @@
-"""`steer extract`: histories in, style vectors out."""
+"""`steer extract`: histories in, a vector for each user out."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from steer.cli import options
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
-    from steer import StyleVector, UserState
+    from steer import UserState
+    from steer.method import Method
 
+DEFAULT = "natural-gradient"
 # Users who are read together, and stored at once.
 _USERS = 256
 
@@ -33,6 +35,20 @@ def extract(
     layer: Annotated[
         str | None, typer.Option(help="After which block to read and steer: 18, or several: 12,18.", show_default=False)
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="natural-gradient (the default), style-vector (the default with --site, --neutral, --extractor, "
+            "--pool or --paper), or another by its name, such as trained-vector.",
+            show_default=False,
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A hyper-parameter of the method: --set damping=1. May be repeated.", show_default=False
+        ),
+    ] = None,
     site: Annotated[
         list[str] | None,
         typer.Option(
@@ -41,13 +57,14 @@ def extract(
     ] = None,
     model: options.Model = "smollm2-135m",
     neutral: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="What a user's texts are compared with: model (its own answers to the same "
-            "prompts), population (all users of the file), field:NAME (a key of the "
-            "records), file:PATH (JSONL of id and response)."
+            help="Style vectors: what a user's texts are compared with: model (its own answers to the same "
+            "prompts, the default), population (all users of the file), field:NAME (a key of the "
+            "records), file:PATH (JSONL of id and response).",
+            show_default=False,
         ),
-    ] = "model",
+    ] = None,
     extractor: Annotated[
         str | None,
         typer.Option(help="mean of the differences (the default), logistic regression, or pca.", show_default=False),
@@ -83,21 +100,25 @@ def extract(
     dtype: options.Dtype = None,
     as_json: options.Json = False,
 ) -> None:
-    """Read users' style vectors from what they wrote.
+    """Read a vector for each user from what they wrote.
 
     Example:
+
+        steer extract reviews.jsonl --bank people.bank
 
         steer extract reviews.jsonl --layer 18 --neutral population --bank people.bank
     """
     from steer import Bank, StyleVector, read_histories
     from steer.cache import Cache
 
-    if paper and (extractor or pool):
-        raise SteerError("--paper decides on --extractor and --pool; leave these out")
-    chosen = {key: value for key, value in (("extractor", extractor), ("pool", pool)) if value is not None}
-    layers = [] if layer is None else options.parse_layers(layer)
-    make: Callable[..., StyleVector] = StyleVector.paper if paper else StyleVector
-    method = make(layer=layers, sites=site or [], neutral=neutral, **chosen)
+    settings = options.parse_settings(setting or [])
+    if layer is not None:
+        settings["layer"] = options.parse_layers(layer)
+    of_style = {"neutral": neutral, "extractor": extractor, "pool": pool, "sites": site}
+    of_style = {key: value for key, value in of_style.items() if value is not None}
+    fitting = _method(method, settings, of_style, paper)
+    if resume is not None and not isinstance(fitting, StyleVector):
+        raise SteerError(f"--resume is for style vectors; {fitting.name} cannot go on where it stopped")
     histories = {key: whole.split(holdout, limit)[0] for key, whole in read_histories(history, instruction=instruction)}
     wanted = list(dict.fromkeys(user or histories))
     if strangers := [key for key in wanted if key not in histories]:
@@ -107,26 +128,24 @@ def extract(
     if empty := [key for key in wanted if not len(histories[key])]:
         raise SteerError(f"{empty[0]!r} has no records left after --holdout {holdout}")
     lm = options.load(model, device, dtype)
-    lm.declare(*method.sites)
-    store, cache = Bank(bank), None if resume is None else Cache(resume)
+    store, cached = Bank(bank), {} if resume is None else {"cache": Cache(resume)}
     rows: dict[str, dict[str, Any]] = {}
     with progress_bar() as progress:
 
         def share_of(task: TaskID, first: int, count: int) -> Callable[[float], None]:
             return lambda share: progress.update(task, completed=first + share * count)
 
-        if neutral == "population":
-            everybody = [known for known in histories.values() if len(known)]
-            task = progress.add_task("population", total=len(everybody))
-            artifact = method.train(lm, everybody, share_of(task, 0, len(everybody)), cache=cache)
-            if artifact is not None:
-                store.put_artifact(artifact)
+        everybody = [known for known in histories.values() if len(known)]
+        task = progress.add_task("population", total=len(everybody))
+        artifact = fitting.train(lm, everybody, share_of(task, 0, len(everybody)), **cached)
+        if artifact is not None:
+            store.put_artifact(artifact)
+        progress.remove_task(task)
         task = progress.add_task("users", total=len(wanted))
         for first in range(0, len(wanted), _USERS):
             some = wanted[first : first + _USERS]
-            fitted = method.fit_many(
-                lm, [histories[key] for key in some], share_of(task, first, len(some)), cache=cache
-            )
+            known = [histories[key] for key in some]
+            fitted = fitting.fit_many(lm, known, share_of(task, first, len(some)), **cached)
             store.update({(key, name): state for key, state in zip(some, fitted, strict=True)})
             rows |= {key: _to_json(state) for key, state in zip(some, fitted, strict=True)}
     if as_json:
@@ -135,20 +154,39 @@ def extract(
     table = Table("user", "records", "site", "‖v‖", "dose of strength 1", box=None)
     for key, row in rows.items():
         for at, numbers in row["sites"].items():
-            table.add_row(key, str(row["records"]), at, f"{numbers['norm']:.4g}", f"{numbers['dose']:.3f}")
+            dose = "" if numbers["dose"] is None else f"{numbers['dose']:.3f}"
+            table.add_row(key, str(row["records"]), at, f"{numbers['norm']:.4g}", dose)
     options.out.print(table)
     options.err.print(f"{len(rows)} states named {name!r} in {bank}")
+
+
+def _method(name: str | None, settings: dict[str, Any], of_style: dict[str, Any], paper: bool) -> Method:
+    """The method that the options ask for."""
+    from steer import StyleVector
+    from steer.method import make_method
+
+    if name is not None and name != "style-vector" and (of_style or paper):
+        option = "paper" if paper else next(iter(of_style)).removesuffix("s")
+        raise SteerError(f"--{option} is for --method style-vector; {name} takes its own with --set")
+    if name != "style-vector" and not of_style and not paper:
+        return make_method((name or DEFAULT).replace("-", "_"), **settings)
+    if not paper:
+        return make_method("style_vector", **settings, **of_style)
+    if taken := [key for key in ("extractor", "pool") if key in of_style]:
+        raise SteerError(f"--paper decides on --{taken[0]}; leave it out")
+    return StyleVector.paper(settings.pop("layer", []), **settings, **of_style)
 
 
 def _to_json(state: UserState) -> dict[str, Any]:
     """The numbers of records, and of each vector its norm and what dose strength 1 is."""
     calibration = state.provenance.calibration
-    norms = {site: vector.norm().item() for site, vector in state.tensors.items()}
+    references = calibration.get("reference_norm", {})
+    norms = {site: state.tensors[site].norm().item() for site in state.provenance.sites if site in state.tensors}
     return {
         "records": len(state.provenance.records),
         "left_out": len(calibration.get("left_out", ())),
         "sites": {
-            site: {"norm": round(norm, 4), "dose": round(norm / calibration["reference_norm"][site], 4)}
+            site: {"norm": round(norm, 4), "dose": round(norm / references[site], 4) if site in references else None}
             for site, norm in norms.items()
         },
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -52,6 +53,20 @@ def load(model: str, device: str | None, dtype: str | None) -> FrozenLM:
         raise SteerError(f"--dtype {dtype} is not one of {', '.join(dtypes)}")
     with err.status(f"loading {model}"):
         return steer.load(model, device=device, dtype=None if dtype is None else dtypes[dtype])
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """Reads `damping=1` and the like; what is JSON is read as JSON, anything else is text."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key.isidentifier() or not equals:
+            raise SteerError(f"--set {pair} is not a hyper-parameter and its value, such as damping=1")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
 
 
 def parse_layers(text: str) -> list[int]:

@@ -2,7 +2,7 @@
 
     g_u = 1/T_u · Σ_i ∇_δ −log p( y_i | x_i ; h_l(x)_t + δ ) at δ = 0              t from the last prompt token on
     F   = 1/T · Σ_i ∇_i ∇_iᵀ,   ḡ = 1/T · Σ_i ∇_i                                   over texts of all users
-    v_u = −step · (F + λ · diag)⁻¹ ( (g_u − ḡ) + common · ḡ )                       h'_l(x)_t = h_l(x)_t + α · v_u
+    v_u = −step/√L · (F + λ · tr(F)/d · I)⁻¹ ( (g_u − ḡ) + common · ḡ )             h'_l(x)_t = h_l(x)_t + α · v_u
 
 where ∇_i is the gradient of text i, summed over its tokens, T_u the user's tokens and T everybody's. F is the empirical
 Fisher information, so that v_u is the direction of Amari, "Natural Gradient Works Efficiently in Learning", Neural
@@ -10,8 +10,7 @@ Computation 10 (1998), for a constant offset of the residual stream. It takes on
 text, where training a vector (`trained_vector.py`) takes many. Directions in which texts differ for all kinds of
 reasons have large gradients of either sign and are damped by F⁻¹; what is left is more of the person than a difference
 of means has. ḡ is what is common to all, the genre: known from many more texts, it may go further than the user's own
-part. At several layers ∇ is the gradient at all of them, so that F knows what one layer does to another's effect; diag
-is tr(F)/d of each layer.
+part. At each of L layers the step is made as if there were no other, and shortened.
 """
 
 from __future__ import annotations
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
 
 # Texts whose gradients make F, at most, and texts that the reference norm is measured on.
 _SAMPLE, _NORMS = 1024, 64
+# Layers 8 and 23 of SmolLM2's 30.
+_DEPTHS = (0.27, 0.77)
 
 
 @dataclass
@@ -49,9 +50,9 @@ class NaturalGradient(Method):
     """Reads a vector for each user and layer from the gradient of the user's texts.
 
     Args:
-        layer: after which block, or blocks, to read and to add.
-        damping: λ, in units of F's mean diagonal at each layer.
-        step: length of the step at strength 1. F overestimates the curvature, so that 1 falls short.
+        layer: after which block, or blocks, to read and to add; if None, two, about a quarter and three quarters up.
+        damping: λ, in units of F's mean diagonal.
+        step: length of the step at strength 1, at one layer. F overestimates the curvature, so that 1 falls short.
         common: how much of the population's mean gradient a vector has: 0 leaves the user's own part alone.
         positions: from which position on the vector is added, in reading as in steering.
         max_tokens: longer texts are cut.
@@ -60,7 +61,7 @@ class NaturalGradient(Method):
 
     name: ClassVar[str] = "natural_gradient"
 
-    layer: int | Sequence[int]
+    layer: int | Sequence[int] | None = None
     damping: float = 3.0
     step: float = 3.0
     common: float = 2.0
@@ -68,10 +69,11 @@ class NaturalGradient(Method):
     max_tokens: int = 1024
     seed: int = 0
 
-    @property
-    def sites(self) -> list[Site]:
+    def sites(self, lm: FrozenLM) -> list[Site]:
         """Where the vectors are read and added."""
-        return layer_sites(self.layer)
+        if self.layer is not None:
+            return layer_sites(self.layer)
+        return layer_sites(sorted({round(share * lm.n_layers) for share in _DEPTHS}))
 
     def train(
         self, lm: FrozenLM, histories: Iterable[History], on_progress: Callable[[float], None] | None = None
@@ -92,7 +94,7 @@ class NaturalGradient(Method):
         chosen = torch.randperm(len(records), generator=torch.Generator().manual_seed(self.seed))[:_SAMPLE].tolist()
         spans = [record_span(lm, records[i], max_tokens=self.max_tokens) for i in sorted(chosen)]
         gradients, tokens = response_gradients(
-            lm, spans, self.sites, positions=self.positions, on_progress=_share(on_progress, len(spans))
+            lm, spans, self.sites(lm), positions=self.positions, on_progress=_share(on_progress, len(spans))
         )
         self.artifact = Artifact(
             method=self.name,
@@ -102,7 +104,7 @@ class NaturalGradient(Method):
             settings={
                 "tokens": int(tokens.sum()),
                 "positions": self.positions,
-                "reference_norm": reference_norms(lm, spans[:_NORMS], self.sites),
+                "reference_norm": reference_norms(lm, spans[:_NORMS], self.sites(lm)),
             },
         )
         return self.artifact
@@ -130,7 +132,7 @@ class NaturalGradient(Method):
                     method=self.name,
                     version=self.version,
                     model=lm.fingerprint,
-                    sites=tuple(str(site) for site in self.sites),
+                    sites=tuple(str(site) for site in self.sites(lm)),
                     records=tuple(record.id for record in history),
                     settings=settings | {"population": artifact.hash},
                     calibration={"reference_norm": artifact.settings["reference_norm"], "tokens": tokens[user]},
@@ -176,7 +178,7 @@ class NaturalGradient(Method):
         if self.artifact is None:
             raise SteerError("the population's gradients come first: call train(lm, histories), or use(lm, artifact)")
         self._require_model(lm, self.artifact)
-        if missing := [site for site in self.sites if str(site) not in self.artifact.tensors]:
+        if missing := [site for site in self.sites(lm) if str(site) not in self.artifact.tensors]:
             raise SteerError(f"the population was not read at {missing[0]}; train again")
         if self.artifact.settings["positions"] != self.positions:
             raise SteerError(f"the population was read for positions {self.artifact.settings['positions']!r}")
@@ -189,7 +191,7 @@ class NaturalGradient(Method):
         spans = [record_span(lm, r, max_tokens=self.max_tokens) for records in users for r in records]
         owners = torch.tensor([user for user, records in enumerate(users) for _ in records])
         gradients, tokens = response_gradients(
-            lm, spans, self.sites, positions=self.positions, on_progress=_share(on_progress, len(spans))
+            lm, spans, self.sites(lm), positions=self.positions, on_progress=_share(on_progress, len(spans))
         )
         counts = torch.zeros(len(users), dtype=tokens.dtype).index_add(0, owners, tokens)
         sums = {
@@ -202,11 +204,13 @@ class NaturalGradient(Method):
         self, sums: Mapping[Site, Float[Tensor, "user d"]], tokens: Sequence[int]
     ) -> dict[Site, Float[Tensor, "user d"]]:
         assert self.artifact is not None
-        sample = {site: self.artifact.tensors[str(site)].double() for site in sums}
         total, counts = self.artifact.settings["tokens"], torch.tensor(tokens, dtype=torch.float64)[:, None]
-        common = {site: (self.common - 1) * rows.sum(0) / total for site, rows in sample.items()}
-        wanted = {site: summed / counts + common[site] for site, summed in sums.items()}
-        return {site: -self.step * d for site, d in natural_directions(wanted, sample, total, self.damping).items()}
+        steps = {}
+        for site, summed in sums.items():
+            sample = self.artifact.tensors[str(site)].double()
+            wanted = summed / counts + (self.common - 1) * sample.sum(0) / total
+            steps[site] = -self.step / len(sums) ** 0.5 * natural_direction(wanted, sample, total, self.damping)
+        return steps
 
     def _combined(
         self,
@@ -236,23 +240,14 @@ class NaturalGradient(Method):
         return UserState(replace(source, records=ids, calibration=calibration), by_site(tensors))
 
 
-def natural_directions(
-    wanted: Mapping[Site, Float[Tensor, "user d"]],
-    gradients: Mapping[Site, Float[Tensor, "text d"]],
-    tokens: int,
-    damping: float,
-) -> dict[Site, Float[Tensor, "user d"]]:
-    """`(F + λ · diag)⁻¹ g` over all sites, with `F = GᵀG / tokens` and diag the mean diagonal of F at each site.
-
-    By Woodbury's identity, as the texts in G are mostly fewer than the dimensions of all sites.
-    """
-    ridges = {site: damping * rows.square().sum() / (tokens * rows.shape[1]) for site, rows in gradients.items()}
-    # In units in which the damping is the identity.
-    scaled = {site: rows / ridges[site].sqrt() for site, rows in gradients.items()}
-    targets = {site: rows / ridges[site].sqrt() for site, rows in wanted.items()}
-    gram = sum(rows @ rows.T for rows in scaled.values()) + tokens * torch.eye(len(next(iter(scaled.values()))))
-    inner = torch.linalg.solve(gram, sum(scaled[site] @ rows.T for site, rows in targets.items()))
-    return {site: (rows - (scaled[site].T @ inner).T) / ridges[site].sqrt() for site, rows in targets.items()}
+def natural_direction(
+    wanted: Float[Tensor, "user d"], gradients: Float[Tensor, "text d"], tokens: int, damping: float
+) -> Float[Tensor, "user d"]:
+    """`(F + λ · tr(F)/d · I)⁻¹ g` with `F = GᵀG / tokens`, by Woodbury's identity: texts are fewer than dimensions."""
+    ridge = damping * gradients.square().sum() / (tokens * gradients.shape[1])
+    gram = gradients @ gradients.T + tokens * ridge * torch.eye(len(gradients), dtype=gradients.dtype)
+    inner = torch.linalg.solve(gram, gradients @ wanted.T)
+    return (wanted - (gradients.T @ inner).T) / ridge
 
 
 def _share(on_progress: Callable[[float], None] | None, total: int) -> Callable[[int], None] | None:
