@@ -29,9 +29,6 @@ bridge_builder = pytest.importorskip("transformer_lens.model_bridge.sources._bri
 nnsight = pytest.importorskip("nnsight")
 
 TOLERANCE = 1e-5
-# Those whose blocks differ; the others are left to the full run.
-QUICK = ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "bloom"]
-PEERS_RUN = [*ARCHITECTURES, "gpt_neox_serial"]
 PROMPTS = [[20, 31, 44, 58, 60], [71, 25], [33, 90, 12, 47]]
 LENGTHS = [len(prompt) for prompt in PROMPTS]
 STEPS = 4
@@ -72,7 +69,7 @@ def plain(arch: str) -> steer.FrozenLM:
     return steer.wrap(tiny(arch), tokenizer())
 
 
-@pytest.fixture(params=[pytest.param(a, marks=[] if a in QUICK else [pytest.mark.full]) for a in PEERS_RUN])
+@pytest.fixture(params=[*ARCHITECTURES, "gpt_neox_serial"])
 def arch(request: pytest.FixtureRequest) -> str:
     return request.param
 
