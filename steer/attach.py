@@ -47,17 +47,15 @@ class Place(NamedTuple):
 class Slot:
     """One hooked site, where it is, and the operators bound there."""
 
-    def __init__(self, site: Site, place: Place, attachment: Attachment) -> None:
+    def __init__(self, site: Site, place: Place, attachment: Attachment, operators: tuple[Operator, ...] = ()) -> None:
         self.site, self.place = site, place
-        self.operators: tuple[Operator, ...] = ()
+        self.operators = operators
         self._attachment = attachment
 
     def run(self, hidden: Tensor) -> Tensor:
-        positions = self._attachment.positions
-        # OPT's feed-forward sees rows and positions as one dimension.
-        if hidden.dim() == 2 and positions is not None:
-            return self._apply(hidden.unflatten(0, (-1, positions.shape[1]))).flatten(0, 1)
-        return self._apply(hidden)
+        rows = self._attachment.unflatten(hidden)
+        edited = self._apply(rows)
+        return edited if rows is hidden else edited.flatten(0, 1)
 
     def _apply(self, hidden: Tensor) -> Tensor:
         for operator in self.operators:
@@ -140,6 +138,12 @@ class Attachment:
         """Puts operators to work at their sites, for whom the model is bound to."""
         for site, bound in operators.items():
             self.slots[site].operators = bound
+
+    def unflatten(self, hidden: Tensor) -> Float[Tensor, "row pos d"]:
+        """OPT's feed-forward sees rows and positions as one dimension; parts them, while the model is bound."""
+        if hidden.dim() == 2 and self.positions is not None:
+            return hidden.unflatten(0, (-1, self.positions.shape[1]))
+        return hidden
 
     def unbind(self) -> None:
         """Gives the model back as it was."""

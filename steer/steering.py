@@ -11,6 +11,7 @@ import torch
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from steer.attach import Slot
 from steer.errors import SteerError
 from steer.inject.condition import ConditionedGate, Decide, Decision
 from steer.inject.memory import AttendToMemory
@@ -241,11 +242,17 @@ class Steering:
         """
         if not self._contrasts_nothing:
             raise SteerError("contrasted streams need steer's own generation; hand over a plan without a StreamEdit")
-        self.lm.attachment.install(dict.fromkeys(self._working, ()))
-        return {site: self._in_turn(site, operators) for site, operators in self._working.items()}
+        attachment = self.lm.attachment
+        attachment.install(dict.fromkeys(self._working, ()))
+        return {
+            site: Slot(site, attachment.place_of(site), attachment, (self._guard(site), *operators)).run
+            for site, operators in self._working.items()
+        }
 
-    def _in_turn(self, site: Site, operators: tuple[Operator, ...]) -> Operator:
-        def run(hidden: Tensor) -> Tensor:
+    def _guard(self, site: Site) -> Operator:
+        """Stands in front of operators that others run."""
+
+        def check(hidden: Tensor) -> Tensor:
             if self._rows is None:
                 raise SteerError(f"{site}: the `steered` block that these operators belong to has ended")
             if hidden.shape[0] != len(self._rows):
@@ -253,11 +260,9 @@ class Steering:
                     f"{site}: {hidden.shape[0]} rows came by, and {self.plan.batch} are bound; hand the whole batch to "
                     "the operators, in one piece"
                 )
-            for operator in operators:
-                hidden = operator(hidden)
             return hidden
 
-        return run
+        return check
 
     # One forward pass; called by the hooks.
 

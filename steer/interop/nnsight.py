@@ -70,8 +70,11 @@ def activations(model: Envoy, lm: FrozenLM, sites: Iterable[Site | str]) -> dict
         place = lm.attachment.place_of(site)
         envoy = _envoy(model, place)
         value: Any = envoy.output if place.at == "output" else envoy.input
+        hidden = lm.attachment.unflatten(value[0] if isinstance(value, tuple) else value)
+        if hidden.dim() == 2:
+            raise SteerError(f"{site}: this model has rows and positions in one dimension there; use steer.read")
         # A clone, as some models go on to add into this very tensor.
-        found[site] = (value[0] if isinstance(value, tuple) else value).clone()
+        found[site] = hidden.clone()
     return found
 
 
