@@ -485,7 +485,7 @@ finally:
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_killed_extraction_goes_on_where_it_stopped(folder: Path) -> None:
     def run(last: int, *extra: str) -> tuple[int, int | None]:
-        call = [sys.executable, "-c", KILLED, str(last), "extract", str(folder / "histories.jsonl")]
+        call = [sys.executable, "-P", "-c", KILLED, str(last), "extract", str(folder / "histories.jsonl")]
         call += ["--model", str(folder / "model"), "--bank", str(folder / f"bank{last}{len(extra)}")]
         call += ["--layer", "1", "--neutral", "population", *extra]
         done = subprocess.run(call, capture_output=True, text=True, env=os.environ | {"STEER_CACHE": str(folder)})
