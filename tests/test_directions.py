@@ -60,10 +60,10 @@ def choices(pairs: Sequence[steer.Pair], user: str = "ann") -> steer.History:
 
 def test_a_caa_vector_is_the_mean_difference_at_the_letters(lm: steer.FrozenLM) -> None:
     state = steer.CAA(layer=[0, LAYER]).fit_pairs(lm, LETTERS)
-    assert_close(state.tensors[str(SITE)], by_hand(lm, LETTERS, drop=1).mean(0), 1e-5)
+    assert_close(state.tensors[str(SITE)], by_hand(lm, LETTERS, drop=1).mean(0), 5e-5)
     assert state.provenance.sites == ("resid_post[0]", str(SITE))
     last = steer.CAA(layer=LAYER, token=-1).fit_pairs(lm, LETTERS)
-    assert_close(last.tensors[str(SITE)], by_hand(lm, LETTERS).mean(0), 1e-5)
+    assert_close(last.tensors[str(SITE)], by_hand(lm, LETTERS).mean(0), 5e-5)
 
 
 def test_choices_of_a_person_become_questions(llama: steer.FrozenLM) -> None:
