@@ -125,7 +125,6 @@ class NaturalGradient(Method):
         if empty := [history for history in histories if not len(history)]:
             raise SteerError(f"{empty[0].user_id!r} has no records to read a gradient from")
         sums, tokens = self._sums(lm, [list(history) for history in histories], on_progress)
-        settings = {key: getattr(self, key) for key in ("damping", "step", "common", "positions", "max_tokens")}
         return [
             UserState(
                 provenance=Provenance(
@@ -134,7 +133,7 @@ class NaturalGradient(Method):
                     model=lm.fingerprint,
                     sites=tuple(str(site) for site in self.sites(lm)),
                     records=tuple(record.id for record in history),
-                    settings=settings | {"population": artifact.hash},
+                    settings=self._settings(artifact),
                     calibration={"reference_norm": artifact.settings["reference_norm"], "tokens": tokens[user]},
                 ),
                 tensors=by_site({site: vectors[user] for site, vectors in self._steps(sums, tokens).items()}),
@@ -173,6 +172,10 @@ class NaturalGradient(Method):
     ) -> list[Edit]:
         """One residual edit for each layer."""
         return vector_edits(states, like)
+
+    def _settings(self, artifact: Artifact) -> dict[str, Any]:
+        chosen = {key: getattr(self, key) for key in ("damping", "step", "common", "positions", "max_tokens")}
+        return chosen | {"population": artifact.hash}
 
     def _population(self, lm: FrozenLM) -> Artifact:
         if self.artifact is None:
@@ -222,8 +225,7 @@ class NaturalGradient(Method):
     ) -> UserState:
         artifact = self._population(lm)
         source = state.provenance
-        settings = {key: getattr(self, key) for key in ("damping", "step", "common", "positions", "max_tokens")}
-        if source.method != self.name or source.settings != settings | {"population": artifact.hash}:
+        if source.method != self.name or source.settings != self._settings(artifact):
             raise SteerError("the state was fitted by another method, with other settings or another population")
         if source.model != lm.fingerprint:
             raise SteerError(f"the state was read from {source.model}, this model is {lm.fingerprint}")

@@ -30,9 +30,10 @@ from steer.cache import Cache, key_of
 from steer.encoders import Moments, logistic_direction, principal_direction
 from steer.errors import SteerError
 from steer.history import History, Record
-from steer.inject import Edit, ResidualEdit
+from steer.inject import Edit
 from steer.inject.residual import Positions
 from steer.method import Method
+from steer.methods.vectors import vector_edits
 from steer.neutral import NEUTRAL, Neutral
 from steer.read import Pool, Reading, read, record_span
 from steer.sites import Site
@@ -236,7 +237,7 @@ class StyleVector(Method):
         cls, lm: FrozenLM, states: Sequence[UserState | None], like: UserState, artifact: Artifact | None
     ) -> list[Edit]:
         """One residual edit for each site."""
-        return [_edit(Site.parse(site), states, like) for site in like.provenance.sites]
+        return vector_edits(states, like)
 
     @property
     def _sites(self) -> list[Site]:
@@ -461,16 +462,3 @@ def _left_out(state: UserState) -> tuple[str, ...]:
 
 def _calibration(norms: Mapping[str, float], left_out: Sequence[str]) -> dict[str, Any]:
     return {"reference_norm": dict(norms)} | ({"left_out": list(left_out)} if left_out else {})
-
-
-def _edit(site: Site, states: Sequence[UserState | None], like: UserState) -> ResidualEdit:
-    zero = torch.zeros(like.tensors[str(site)].shape[-1])
-    norms = [
-        float("nan") if state is None else state.provenance.calibration["reference_norm"][str(site)] for state in states
-    ]
-    return ResidualEdit(
-        site=site,
-        vectors=torch.stack([zero if state is None else state.tensors[str(site)].float() for state in states]),
-        positions=like.provenance.settings["positions"],
-        reference_norms=torch.tensor(norms),
-    )
