@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from steer.attach import Operator
     from steer.model import FrozenLM
 
-_WITHIN_BLOCK = ("resid_pre", "z", "attn_out", "resid_mid", "mlp_out")
-
 
 class Branches(Steering):
     """A plan whose rows are all the same text: they share one row up to the plan's first site, and part there.
@@ -42,8 +40,10 @@ class Branches(Steering):
         super().__init__(lm, plan)
         self.site = _fork(lm, plan)
         # As soon as the prompt is steered as well, it is another prompt for every row.
+        # A condition is decided from the prompt, by the rows that it is for.
         spared = all(
-            isinstance(edit.positions, str) and edit.positions in ("response", "generated") for edit in plan.residual
+            isinstance(edit.positions, str) and edit.positions in ("response", "generated") and edit.condition is None
+            for edit in plan.residual
         )
         self._shares_prompt = spared and not plan.memory
 
@@ -113,7 +113,7 @@ def _fork(lm: FrozenLM, plan: Plan) -> Site | None:
     # Without position ids the model makes a bias for as many rows as its mask has, which does not broadcast.
     if not lm.attachment.architecture.takes_position_ids:
         return None
-    return min((_entry(lm, site) for site in plan.sites), key=_blocks_before, default=_top(lm))
+    return _entry(lm, min(plan.sites, key=lambda site: site.depth, default=_top(lm)))
 
 
 def _entry(lm: FrozenLM, site: Site) -> Site:
@@ -121,7 +121,6 @@ def _entry(lm: FrozenLM, site: Site) -> Site:
         return _top(lm)
     if site.layer is None or site.name == "resid_post":
         return site
-    assert site.name in _WITHIN_BLOCK
     return Site("resid_post", site.layer - 1) if site.layer else Site("embed")
 
 

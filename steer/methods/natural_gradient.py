@@ -148,8 +148,8 @@ class NaturalGradient(Method):
             SteerError: a record is in the state already, or the state is not of this method with these settings.
         """
         ids = [record.id for record in new_records]
-        if twice := set(ids) & set(state.provenance.records) or len(ids) > len(set(ids)):
-            raise SteerError(f"a record is in the state already, and would count twice: {twice}")
+        if twice := [id for i, id in enumerate(ids) if id in state.provenance.records or id in ids[:i]]:
+            raise SteerError(f"record {twice[0]!r} is in the state already, and would count twice")
         return self._combined(lm, state, new_records, (*state.provenance.records, *ids), operator.add)
 
     def remove(self, lm: FrozenLM, state: UserState, old_records: Sequence[Record]) -> UserState:
