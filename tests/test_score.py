@@ -63,18 +63,24 @@ def test_edits_at_several_sites_and_a_memory(lm: steer.FrozenLM) -> None:
     assert_close(row_losses(lm, span_of(lm), edits, ROWS), expected)
 
 
-def test_conditions_are_decided_from_the_prompt(llama: steer.FrozenLM) -> None:
-    """Of each row: one always acts, and one never does."""
+def test_conditions_are_decided_from_the_whole_prompt(llama: steer.FrozenLM) -> None:
+    """The thresholds are so close to what the prompt gives that its last token alone would decide otherwise."""
     site, span = steer.Site("resid_post", 1), span_of(llama)
     drawn = vectors(llama, site)
-    thresholds = torch.tensor([0.0, -2.0, 2.0, -2.0, 2.0])
-    condition = steer.Condition(steer.Site("resid_post", 0), drawn + 1, thresholds)
-    edits = [steer.ResidualEdit(site, drawn, condition=condition)]
-    expected, _ = response_losses(llama, [span] * ROWS, edits)
-    losses = row_losses(llama, span, edits, ROWS)
-    assert_close(losses, expected)
+
+    def edits(thresholds: Tensor) -> list[steer.ResidualEdit]:
+        condition = steer.Condition(steer.Site("resid_post", 0), drawn + 1, thresholds)
+        return [steer.ResidualEdit(site, drawn, condition=condition)]
+
+    with llama.steered(edits=edits(torch.zeros(ROWS)), prompt_lengths=[span.start] * ROWS) as steering:
+        llama.model(torch.tensor([list(span.ids)] * ROWS))
+    (decision,) = steering.decisions
+    chosen = edits(decision.similarities + torch.tensor([0.0, -1e-4, 1e-4, -1e-4, 1e-4]))
+    losses = row_losses(llama, span, chosen, ROWS)
+    assert_close(losses, response_losses(llama, [span] * ROWS, chosen)[0])
     assert losses[2] == pytest.approx(losses[0].item(), rel=1e-6)
-    assert (losses[1] - losses[0]).abs() > 0.01
+    assert losses[4] == pytest.approx(losses[0].item(), rel=1e-6)
+    assert (losses[[1, 3]] - losses[0]).abs().min() > 0.01
 
 
 def test_the_row_without_a_state_is_what_transformers_computes(lm: steer.FrozenLM) -> None:
