@@ -10,12 +10,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from steer.inject import PrefixEdit, ResidualEdit
-from steer.read import Span, by_length
+from steer.read import Kept, Span, by_length
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from steer.cache import Cache
     from steer.inject import Edit
     from steer.inject.positions import Positions
     from steer.model import FrozenLM
@@ -54,6 +55,7 @@ def response_gradients(
     positions: Positions = "response",
     batch_tokens: int = 2048,
     on_progress: Callable[[int], None] | None = None,
+    cache: Cache | None = None,
 ) -> tuple[dict[Site, Float[Tensor, "row d"]], Float[Tensor, " row"]]:
     """The gradient of each span's sum of −log p by a vector that is added at a site, at zero; and its tokens.
 
@@ -67,19 +69,27 @@ def response_gradients(
         positions: from which position on.
         batch_tokens: size of a batch, with padding.
         on_progress: told the number of texts done after each batch.
+        cache: gradients that were computed before are taken from here, and new ones go here.
     """
     gradients = {site: torch.empty(len(spans), lm.width_at(site)) for site in sites}
-    tokens, done = torch.empty(len(spans)), 0
-    for batch in by_length({i: len(span.ids) for i, span in enumerate(spans)}, batch_tokens):
+    kept = None if cache is None else Kept(cache, lm, "gradient", 1, [str(site) for site in sites], positions)
+    found = {} if kept is None else kept.find(spans)
+    for i, known in found.items():
+        for site in sites:
+            gradients[site][i] = known[str(site)]
+    done = len(found)
+    for batch in by_length({i: len(span.ids) for i, span in enumerate(spans) if i not in found}, batch_tokens):
+        texts = [spans[i] for i in batch]
         offsets = {site: torch.zeros(len(batch), lm.width_at(site), requires_grad=True) for site in sites}
-        edits = [ResidualEdit(site, vectors, positions) for site, vectors in offsets.items()]
-        losses, tokens[batch] = response_losses(lm, [spans[i] for i in batch], edits)
+        losses, _ = response_losses(lm, texts, [ResidualEdit(site, at, positions) for site, at in offsets.items()])
         for site, gradient in zip(sites, torch.autograd.grad(losses.sum(), list(offsets.values())), strict=True):
             gradients[site][batch] = gradient.float().cpu()
+        if kept is not None:
+            kept.keep(texts, {str(site): gradients[site][batch] for site in sites})
         done += len(batch)
         if on_progress is not None:
             on_progress(done)
-    return gradients, tokens
+    return gradients, torch.tensor([float(span.end - max(span.start, 1)) for span in spans])
 
 
 def _targets(spans: Sequence[Span]) -> Int[Tensor, "row pos"]:

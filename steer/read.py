@@ -189,11 +189,11 @@ def read_batches(
         raise SteerError("a cache cannot tell one pooling function from another; give pool by name")
     lm.attachment.declare(wanted)
     reader = _Reader(lm, wanted, _POOLS[pool] if not callable(pool) else pool, batch_tokens)
-    kept = None if cache is None else _Kept(cache, lm, wanted, str(pool))
+    kept = None if cache is None else Kept(cache, lm, "reading", 1, [str(site) for site in wanted], str(pool))
     return _stream(reader, kept, iter(spans), window)
 
 
-def _stream(reader: _Reader, kept: _Kept | None, spans: Iterator[Span], size: int) -> Iterator[Batch]:
+def _stream(reader: _Reader, kept: Kept | None, spans: Iterator[Span], size: int) -> Iterator[Batch]:
     first = 0
     while window := list(islice(spans, size)):
         for span in window:
@@ -205,21 +205,27 @@ def _stream(reader: _Reader, kept: _Kept | None, spans: Iterator[Span], size: in
             found = kept.find(window)
             missing = [i for i in missing if i not in found]
             if found:
-                yield kept.batch([first + i for i in found], list(found.values()))
+                yield Batch([first + i for i in found], *_of_texts(list(found.values()), reader.sites))
         for batch in reader.read([window[i] for i in missing]):
             indices = [missing[i] for i in batch.indices]
             if kept is not None:
-                kept.keep([window[i] for i in indices], batch)
+                norms = {f"{site}.norm": batch.norms[site] for site in reader.sites}
+                kept.keep([window[i] for i in indices], {str(s): batch.pooled[s] for s in reader.sites} | norms)
             yield Batch([first + i for i in indices], batch.pooled, batch.norms)
         first += len(window)
 
 
-class _Kept:
-    """Readings in a cache, an entry per text."""
+class Kept:
+    """What was computed of single texts, in a cache, an entry per text: tensors by name.
 
-    def __init__(self, cache: Cache, lm: FrozenLM, sites: Sequence[Site], pool: str) -> None:
-        self._cache, self._sites = cache, sites
-        self._model = key_of("reading", 1, model_key(lm), [str(site) for site in sites], pool)
+    Args:
+        cache: where.
+        lm: the model that computed it.
+        what: tells it from everything else that is computed of a text; JSON.
+    """
+
+    def __init__(self, cache: Cache, lm: FrozenLM, *what: Any) -> None:
+        self._cache, self._what = cache, key_of(model_key(lm), *what)
 
     def find(self, spans: Sequence[Span]) -> dict[int, dict[str, Tensor]]:
         """What is known, by index."""
@@ -227,24 +233,21 @@ class _Kept:
         known = self._cache.get(keys)
         return {i: load(known[key]) for i, key in enumerate(keys) if key in known}
 
-    def batch(self, indices: Sequence[int], texts: Sequence[Mapping[str, Tensor]]) -> Batch:
-        """Puts texts that are known together."""
-        return Batch(
-            indices,
-            {site: torch.stack([text[str(site)] for text in texts]) for site in self._sites},
-            {site: torch.stack([text[f"{site}.norm"] for text in texts]) for site in self._sites},
-        )
-
-    def keep(self, spans: Sequence[Span], batch: Batch) -> None:
-        """Adds a batch, all of it or, if the process is killed meanwhile, none."""
-        values = {}
-        for row, span in enumerate(spans):
-            norms = {f"{site}.norm": batch.norms[site][row] for site in self._sites}
-            values[self._key(span)] = save({str(site): batch.pooled[site][row] for site in self._sites} | norms)
-        self._cache.put(values)
+    def keep(self, spans: Sequence[Span], tensors: Mapping[str, Float[Tensor, "text ..."]]) -> None:
+        """Adds what was computed of some texts, all of it or, if the process is killed meanwhile, none."""
+        rows = [{name: values[row].contiguous() for name, values in tensors.items()} for row in range(len(spans))]
+        self._cache.put({self._key(span): save(own) for span, own in zip(spans, rows, strict=True)})
 
     def _key(self, span: Span) -> str:
-        return key_of(self._model, list(span.ids[: span.end]), span.start)
+        return key_of(self._what, list(span.ids[: span.end]), span.start)
+
+
+def _of_texts(
+    texts: Sequence[Mapping[str, Tensor]], sites: Sequence[Site]
+) -> tuple[dict[Site, Float[Tensor, "text d"]], dict[Site, Float[Tensor, " text"]]]:
+    """Pooled states and norms of texts that were found in a cache."""
+    pooled = {site: torch.stack([text[str(site)] for text in texts]) for site in sites}
+    return pooled, {site: torch.stack([text[f"{site}.norm"] for text in texts]) for site in sites}
 
 
 class _Enough(Exception):
@@ -321,8 +324,8 @@ class _Reader:
     """Runs texts through the model."""
 
     def __init__(self, lm: FrozenLM, sites: Sequence[Site], pool: PoolFunction, batch_tokens: int) -> None:
-        self.pool = pool
-        self._lm, self._sites, self._batch_tokens = lm, sites, batch_tokens
+        self.pool, self.sites = pool, sites
+        self._lm, self._batch_tokens = lm, batch_tokens
         self._recorder = _Recorder(sites)
 
     def read(self, spans: Sequence[Span]) -> Iterator[Batch]:
@@ -368,7 +371,7 @@ class _Reader:
             arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         attachment.bind(self._recorder)
         try:
-            attachment.install({site: (self._recorder.at(site),) for site in self._sites})
+            attachment.install({site: (self._recorder.at(site),) for site in self.sites})
             with suppress(_Enough):
                 attachment.decoder(attention_mask=mask, **arguments)
         finally:

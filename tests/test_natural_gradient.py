@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from rows import assert_close
 from torch import Tensor
 
 import steer
+from steer.cache import Cache
 from steer.likelihood import response_gradients, response_losses
 from steer.methods.natural_gradient import natural_direction
 from steer.read import record_span
@@ -53,7 +56,7 @@ def test_the_direction_is_that_of_the_damped_fisher_information(texts: int, widt
     tokens, damping = 11, 0.5
     fisher = sample.T @ sample / tokens
     expected = np.linalg.solve(fisher + damping * np.trace(fisher) / width * np.eye(width), wanted.T).T
-    direction = natural_direction(torch.tensor(wanted), torch.tensor(sample), tokens, damping)
+    direction = natural_direction(torch.tensor(wanted), torch.tensor(sample) / tokens**0.5, damping)
     np.testing.assert_allclose(direction.numpy(), expected, rtol=1e-9)
 
 
@@ -104,9 +107,11 @@ def test_own_parts_cancel(llama: steer.FrozenLM, histories: list[steer.History])
     assert weighted.norm() < 1e-4 * longest
 
 
-@pytest.mark.parametrize("common", [0.0, 2.0])
-def test_records_come_and_go(llama: steer.FrozenLM, histories: list[steer.History], common: float) -> None:
-    method = steer.NaturalGradient(layer=1, common=common)
+@pytest.mark.parametrize(("common", "prior"), [(0.0, 0.0), (2.0, 0.0), (2.0, 30.0)])
+def test_records_come_and_go(
+    llama: steer.FrozenLM, histories: list[steer.History], common: float, prior: float
+) -> None:
+    method = steer.NaturalGradient(layer=1, common=common, prior=prior)
     method.train(llama, histories)
     early, whole = histories[0].first(1), histories[0]
     grown = method.update(llama, method.fit(llama, early), whole.records[1:])
@@ -126,6 +131,57 @@ def test_records_come_and_go(llama: steer.FrozenLM, histories: list[steer.Histor
     other.use(llama, method.artifact)  # type: ignore[arg-type]
     with pytest.raises(steer.SteerError, match="other settings"):
         other.update(llama, grown, histories[1].records)
+
+
+def test_who_wrote_as_much_as_the_prior_goes_half_the_way(
+    llama: steer.FrozenLM, histories: list[steer.History]
+) -> None:
+    method = steer.NaturalGradient(layer=1, common=0.0)
+    artifact = method.train(llama, histories)
+    whole = method.fit(llama, histories[0])
+    half = replace(method, prior=whole.provenance.calibration["tokens"])
+    half.use(llama, artifact)
+    shrunk = half.fit(llama, histories[0])
+    assert_close(2 * shrunk.tensors["resid_post[1]"], whole.tensors["resid_post[1]"])
+
+
+def test_each_text_is_read_once(
+    llama: steer.FrozenLM, histories: list[steer.History], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    original = steer.likelihood.response_losses
+
+    def counted(lm: steer.FrozenLM, spans: list, edits: list) -> Any:  # type: ignore[type-arg]
+        read.append(len(spans))
+        return original(lm, spans, edits)
+
+    monkeypatch.setattr(steer.likelihood, "response_losses", counted)
+    texts, cache = sum(map(len, histories)), Cache(tmp_path / "gradients")
+    method = steer.NaturalGradient(layer=1)
+    method.train(llama, histories, cache=cache)
+    states = method.fit_many(llama, histories)
+    assert sum(read) == texts
+    again = steer.NaturalGradient(layer=1)
+    again.train(llama, histories, cache=cache)
+    assert sum(read) == texts
+    for one, other in zip(states, again.fit_many(llama, histories), strict=True):
+        assert_close(one.tensors["resid_post[1]"], other.tensors["resid_post[1]"])
+    elsewhere = steer.NaturalGradient(layer=0)
+    elsewhere.train(llama, histories, cache=cache)
+    assert sum(read) == 2 * texts
+
+
+def test_the_population_keeps_no_single_text(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    """Its second moments alone, in as many directions as there are texts."""
+    method = steer.NaturalGradient(layer=1)
+    artifact = method.train(llama, histories)
+    spans = [record_span(llama, record) for history in histories for record in history]
+    gradients, tokens = response_gradients(llama, spans, SITES[1:])
+    rows, factor = gradients[SITES[1]].double(), artifact.tensors["resid_post[1].factor"].double()
+    assert_close(factor.T @ factor, rows.T @ rows / tokens.sum())
+    directions = torch.nn.functional.normalize(factor, dim=1)
+    assert_close(directions @ directions.T, torch.eye(len(factor)).double(), 1e-4)
+    assert (torch.nn.functional.normalize(rows, dim=1) @ directions.T).abs().max() < 0.99
 
 
 def test_bad_input(llama: steer.FrozenLM, histories: list[steer.History]) -> None:

@@ -426,7 +426,7 @@ def test_steer_extract_by_another_method(folder: Path, llama: steer.FrozenLM) ->
         (["--method", "nothing"], "there is no method 'nothing'"),
         (["--set", "dampin=2"], "natural_gradient: .*'dampin'"),
         (["--set", "damping"], "--set damping is not a hyper-parameter"),
-        (["--resume", "file"], "--resume is for style vectors"),
+        (["--method", "trained-vector", "--layer", "1", "--resume", "file"], "--resume is for methods that read"),
     ):
         with pytest.raises(steer.SteerError, match=message):
             extract(folder, *arguments)
@@ -459,22 +459,28 @@ def test_steer_extract_as_in_the_paper(folder: Path, monkeypatch: pytest.MonkeyP
 
 KILLED = """
 import os, signal, sys
+from steer import likelihood
 from steer.cli import main
 from steer.read import _Reader
 
-init, run, passes, last = _Reader.__init__, _Reader._run, 0, int(sys.argv.pop(1))
+init, run, losses, by_length = _Reader.__init__, _Reader._run, likelihood.response_losses, likelihood.by_length
+passes, last = 0, int(sys.argv.pop(1))
 
 def small_batches(self, lm, sites, pool, batch_tokens):
     init(self, lm, sites, pool, 200)
 
-def counted(self, *args, **kwargs):
-    global passes
-    if passes == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    passes += 1
-    return run(self, *args, **kwargs)
+def counted(function):
+    def call(*args, **kwargs):
+        global passes
+        if passes == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        passes += 1
+        return function(*args, **kwargs)
+    return call
 
-_Reader.__init__, _Reader._run = small_batches, counted
+_Reader.__init__, _Reader._run = small_batches, counted(run)
+likelihood.response_losses = counted(losses)
+likelihood.by_length = lambda lengths, batch_tokens: by_length(lengths, 200)
 try:
     main()
 finally:
@@ -482,12 +488,14 @@ finally:
 """
 
 
+@pytest.mark.parametrize("method", ["style-vector", "natural-gradient"])
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_extraction_goes_on_where_it_stopped(folder: Path) -> None:
+def test_a_killed_extraction_goes_on_where_it_stopped(folder: Path, method: str) -> None:
     def run(last: int, *extra: str) -> tuple[int, int | None]:
         call = [sys.executable, "-P", "-c", KILLED, str(last), "extract", str(folder / "histories.jsonl")]
         call += ["--model", str(folder / "model"), "--bank", str(folder / f"bank{last}{len(extra)}")]
-        call += ["--layer", "1", "--neutral", "population", *extra]
+        call += ["--layer", "1", "--method", method, *extra]
+        call += ["--neutral", "population"] if method == "style-vector" else []
         done = subprocess.run(call, capture_output=True, text=True, env=os.environ | {"STEER_CACHE": str(folder)})
         counts = [int(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("passes")]
         return done.returncode, counts[0] if counts else None

@@ -108,7 +108,7 @@ def extract(
 
         steer extract reviews.jsonl --layer 18 --neutral population --bank people.bank
     """
-    from steer import Bank, StyleVector, read_histories
+    from steer import Bank, NaturalGradient, StyleVector, read_histories
     from steer.cache import Cache
 
     settings = options.parse_settings(setting or [])
@@ -117,8 +117,8 @@ def extract(
     of_style = {"neutral": neutral, "extractor": extractor, "pool": pool, "sites": site}
     of_style = {key: value for key, value in of_style.items() if value is not None}
     fitting = _method(method, settings, of_style, paper)
-    if resume is not None and not isinstance(fitting, StyleVector):
-        raise SteerError(f"--resume is for style vectors; {fitting.name} cannot go on where it stopped")
+    if resume is not None and not isinstance(fitting, NaturalGradient | StyleVector):
+        raise SteerError(f"--resume is for methods that read each text once; {fitting.name} goes over them many times")
     histories = {key: whole.split(holdout, limit)[0] for key, whole in read_histories(history, instruction=instruction)}
     wanted = list(dict.fromkeys(user or histories))
     if strangers := [key for key in wanted if key not in histories]:

@@ -1,23 +1,25 @@
 """A vector per user that is one step of natural gradient on the likelihood of what the user wrote.
 
-    g_u = 1/T_u · Σ_i ∇_δ −log p( y_i | x_i ; h_l(x)_t + δ ) at δ = 0              t from the last prompt token on
-    F   = 1/T · Σ_i ∇_i ∇_iᵀ,   ḡ = 1/T · Σ_i ∇_i                                   over texts of all users
-    v_u = −step/√L · (F + λ · tr(F)/d · I)⁻¹ ( (g_u − ḡ) + common · ḡ )             h'_l(x)_t = h_l(x)_t + α · v_u
+    ∇_i = ∇_δ −log p( y_i | x_i ; h_l(x)_t + δ ) at δ = 0, summed over tokens        t from the last prompt token on
+    F   = 1/T · Σ_i ∇_i ∇_iᵀ,   ḡ = 1/T · Σ_i ∇_i                                    over texts of all users
+    P   = (F + λ · tr(F)/d · I)⁻¹
+    S_u = −step/√L · P ( Σ_i ∇_i − T_u · ḡ )                                         over the user's texts
+    v_u = S_u / (T_u + T₀) − step/√L · common · P ḡ                                  h'_l(x)_t = h_l(x)_t + α · v_u
 
-where ∇_i is the gradient of text i, summed over its tokens, T_u the user's tokens and T everybody's. F is the empirical
-Fisher information, so that v_u is the direction of Amari, "Natural Gradient Works Efficiently in Learning", Neural
-Computation 10 (1998), for a constant offset of the residual stream. It takes one forward and one backward pass for a
-text, where training a vector (`trained_vector.py`) takes many. Directions in which texts differ for all kinds of
-reasons have large gradients of either sign and are damped by F⁻¹; what is left is more of the person than a difference
-of means has. ḡ is what is common to all, the genre: known from many more texts, it may go further than the user's own
-part. At each of L layers the step is made as if there were no other, and shortened.
+where T_u are the user's tokens and T everybody's. F is the empirical Fisher information, so that v_u is the direction of
+Amari, "Natural Gradient Works Efficiently in Learning", Neural Computation 10 (1998), for a constant offset of the
+residual stream. It takes one forward and one backward pass for a text, where training a vector (`trained_vector.py`)
+takes many. Directions in which texts differ for all kinds of reasons have large gradients of either sign and are damped
+by F⁻¹; what is left is more of the person than a difference of means has. ḡ is what is common to all, the genre: known
+from many more texts, it may go further than the user's own part, which T₀ shortens for those who wrote little. At each
+of L layers the step is made as if there were no other, and shortened.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,7 +31,7 @@ from steer.inject.positions import Positions
 from steer.likelihood import response_gradients
 from steer.method import Method
 from steer.methods.vectors import by_site, layer_sites, reference_norms, vector_edits
-from steer.read import record_span
+from steer.read import Span, record_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
 
@@ -37,10 +39,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from steer.cache import Cache
     from steer.model import FrozenLM
 
-# Texts whose gradients make F, at most, and texts that the reference norm is measured on.
-_SAMPLE, _NORMS = 1024, 64
+# Texts whose gradients make F, at most.
+_SAMPLE = 1024
 # Layers 8 and 23 of SmolLM2's 30.
 _DEPTHS = (0.27, 0.77)
 
@@ -54,6 +57,7 @@ class NaturalGradient(Method):
         damping: λ, in units of F's mean diagonal.
         step: length of the step at strength 1, at one layer. F overestimates the curvature, so that 1 falls short.
         common: how much of the population's mean gradient a vector has: 0 leaves the user's own part alone.
+        prior: T₀, in tokens: a user who wrote as many goes half their own way.
         positions: from which position on the vector is added, in reading as in steering.
         max_tokens: longer texts are cut.
         seed: of the texts that make F where there are more than 1,024.
@@ -65,9 +69,12 @@ class NaturalGradient(Method):
     damping: float = 3.0
     step: float = 3.0
     common: float = 2.0
+    prior: float = 0.0
     positions: Positions = "response"
     max_tokens: int = 1024
     seed: int = 0
+    # What `train` has read of each history, so that `fit` need not read it again.
+    _known: dict[tuple[FrozenLM, History], _Sums] = field(default_factory=dict, init=False, repr=False)
 
     def sites(self, lm: FrozenLM) -> list[Site]:
         """Where the vectors are read and added."""
@@ -76,35 +83,46 @@ class NaturalGradient(Method):
         return layer_sites(sorted({round(share * lm.n_layers) for share in _DEPTHS}))
 
     def train(
-        self, lm: FrozenLM, histories: Iterable[History], on_progress: Callable[[float], None] | None = None
+        self,
+        lm: FrozenLM,
+        histories: Iterable[History],
+        on_progress: Callable[[float], None] | None = None,
+        *,
+        cache: Cache | None = None,
     ) -> Artifact:
-        """Reads the gradients of a sample of all users' texts, which are F, and their mean.
+        """Reads the gradients of a sample of all users' texts: F, as its principal directions, and their mean.
 
         Args:
             lm: the model; no gradient is computed for its parameters.
             histories: of the population; the users to be fitted may be among them.
             on_progress: told from time to time what share of the texts is read.
+            cache: texts that were read before are taken from here, and new ones go here.
 
         Raises:
             SteerError: there are fewer than two texts.
         """
-        records = [record for history in histories for record in history]
+        users = list(histories)
+        records = [record for history in users for record in history]
         if len(records) < 2:
             raise SteerError(f"the Fisher information needs texts of a population, and there is {len(records)}")
         chosen = torch.randperm(len(records), generator=torch.Generator().manual_seed(self.seed))[:_SAMPLE].tolist()
         spans = [record_span(lm, records[i], max_tokens=self.max_tokens) for i in sorted(chosen)]
-        gradients, tokens = response_gradients(
-            lm, spans, self.sites(lm), positions=self.positions, on_progress=_share(on_progress, len(spans))
-        )
+        gradients, tokens = self._gradients(lm, spans, on_progress, cache)
+        if len(spans) == len(records):
+            for history, sums in zip(users, _by_user(users, gradients, tokens), strict=True):
+                self._known[lm, history] = sums
+        total = tokens.sum()
+        means = {f"{site}.mean": rows.sum(0) / total for site, rows in gradients.items()}
+        factors = {f"{site}.factor": _principal(rows / total.sqrt()) for site, rows in gradients.items()}
         self.artifact = Artifact(
             method=self.name,
             version=self.version,
             model=lm.fingerprint,
-            tensors=by_site(gradients),
+            tensors={name: tensor.float() for name, tensor in (means | factors).items()},
             settings={
-                "tokens": int(tokens.sum()),
+                "texts": len(spans),
                 "positions": self.positions,
-                "reference_norm": reference_norms(lm, spans[:_NORMS], self.sites(lm)),
+                "reference_norm": reference_norms(lm, spans, self.sites(lm), cache),
             },
         )
         return self.artifact
@@ -118,13 +136,21 @@ class NaturalGradient(Method):
         return self.fit_many(lm, [history])[0]
 
     def fit_many(
-        self, lm: FrozenLM, histories: Sequence[History], on_progress: Callable[[float], None] | None = None
+        self,
+        lm: FrozenLM,
+        histories: Sequence[History],
+        on_progress: Callable[[float], None] | None = None,
+        *,
+        cache: Cache | None = None,
     ) -> list[UserState]:
         """Reads many users' vectors, with texts of several users in a batch; each is what `fit` gives, to rounding."""
         artifact = self._population(lm)
         if empty := [history for history in histories if not len(history)]:
             raise SteerError(f"{empty[0].user_id!r} has no records to read a gradient from")
-        sums, tokens = self._sums(lm, [list(history) for history in histories], on_progress)
+        known = {i: self._known.pop((lm, h)) for i, h in enumerate(histories) if (lm, h) in self._known}
+        missing = [history for i, history in enumerate(histories) if i not in known]
+        new = iter(self._read(lm, missing, on_progress, cache))
+        sums = [known[i] if i in known else next(new) for i in range(len(histories))]
         return [
             UserState(
                 provenance=Provenance(
@@ -134,11 +160,11 @@ class NaturalGradient(Method):
                     sites=tuple(str(site) for site in self.sites(lm)),
                     records=tuple(record.id for record in history),
                     settings=self._settings(artifact),
-                    calibration={"reference_norm": artifact.settings["reference_norm"], "tokens": tokens[user]},
+                    calibration={"reference_norm": artifact.settings["reference_norm"], "tokens": own.tokens},
                 ),
-                tensors=by_site({site: vectors[user] for site, vectors in self._steps(sums, tokens).items()}),
+                tensors=by_site(self._vectors(self._steps(own), own.tokens)),
             )
-            for user, history in enumerate(histories)
+            for history, own in zip(histories, sums, strict=True)
         ]
 
     def update(self, lm: FrozenLM, state: UserState, new_records: Sequence[Record]) -> UserState:
@@ -154,6 +180,8 @@ class NaturalGradient(Method):
 
     def remove(self, lm: FrozenLM, state: UserState, old_records: Sequence[Record]) -> UserState:
         """The state as if some of its records had never been there, at the cost of reading these once more.
+
+        What the population's artifact learned of them stays there; call `train` again to change that.
 
         Raises:
             SteerError: a record is not in the state, or none would be left; else as for `update`.
@@ -174,46 +202,66 @@ class NaturalGradient(Method):
         return vector_edits(states, like)
 
     def _settings(self, artifact: Artifact) -> dict[str, Any]:
-        chosen = {key: getattr(self, key) for key in ("damping", "step", "common", "positions", "max_tokens")}
+        chosen = {key: getattr(self, key) for key in ("damping", "step", "common", "prior", "positions", "max_tokens")}
         return chosen | {"population": artifact.hash}
 
     def _population(self, lm: FrozenLM) -> Artifact:
         if self.artifact is None:
             raise SteerError("the population's gradients come first: call train(lm, histories), or use(lm, artifact)")
         self._require_model(lm, self.artifact)
-        if missing := [site for site in self.sites(lm) if str(site) not in self.artifact.tensors]:
+        if missing := [site for site in self.sites(lm) if f"{site}.mean" not in self.artifact.tensors]:
             raise SteerError(f"the population was not read at {missing[0]}; train again")
         if self.artifact.settings["positions"] != self.positions:
             raise SteerError(f"the population was read for positions {self.artifact.settings['positions']!r}")
         return self.artifact
 
-    def _sums(
-        self, lm: FrozenLM, users: Sequence[Sequence[Record]], on_progress: Callable[[float], None] | None = None
-    ) -> tuple[dict[Site, Float[Tensor, "user d"]], list[int]]:
-        """Each user's sum of gradients, and number of tokens."""
-        spans = [record_span(lm, r, max_tokens=self.max_tokens) for records in users for r in records]
-        owners = torch.tensor([user for user, records in enumerate(users) for _ in records])
+    def _gradients(
+        self,
+        lm: FrozenLM,
+        spans: Sequence[Span],
+        on_progress: Callable[[float], None] | None,
+        cache: Cache | None,
+    ) -> tuple[dict[Site, Float[Tensor, "text d"]], Float[Tensor, " text"]]:
+        """Each text's gradients, and number of tokens; float64, as sums over many texts follow."""
+        told = None if on_progress is None else lambda done: on_progress(done / len(spans))
         gradients, tokens = response_gradients(
-            lm, spans, self.sites(lm), positions=self.positions, on_progress=_share(on_progress, len(spans))
+            lm, spans, self.sites(lm), positions=self.positions, on_progress=told, cache=cache
         )
-        counts = torch.zeros(len(users), dtype=tokens.dtype).index_add(0, owners, tokens)
-        sums = {
-            site: torch.zeros(len(users), rows.shape[1], dtype=torch.float64).index_add(0, owners, rows.double())
-            for site, rows in gradients.items()
-        }
-        return sums, counts.long().tolist()
+        return {site: rows.double() for site, rows in gradients.items()}, tokens.double()
 
-    def _steps(
-        self, sums: Mapping[Site, Float[Tensor, "user d"]], tokens: Sequence[int]
-    ) -> dict[Site, Float[Tensor, "user d"]]:
+    def _read(
+        self,
+        lm: FrozenLM,
+        users: Sequence[Sequence[Record] | History],
+        on_progress: Callable[[float], None] | None = None,
+        cache: Cache | None = None,
+    ) -> list[_Sums]:
+        """What is read of each user."""
+        spans = [record_span(lm, record, max_tokens=self.max_tokens) for records in users for record in records]
+        return _by_user(users, *self._gradients(lm, spans, on_progress, cache))
+
+    def _direction(self, site: Site, gradient: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         assert self.artifact is not None
-        total, counts = self.artifact.settings["tokens"], torch.tensor(tokens, dtype=torch.float64)[:, None]
-        steps = {}
-        for site, summed in sums.items():
-            sample = self.artifact.tensors[str(site)].double()
-            wanted = summed / counts + (self.common - 1) * sample.sum(0) / total
-            steps[site] = -self.step / len(sums) ** 0.5 * natural_direction(wanted, sample, total, self.damping)
-        return steps
+        factor = self.artifact.tensors[f"{site}.factor"].double()
+        return natural_direction(gradient[None], factor, self.damping)[0]
+
+    def _steps(self, sums: _Sums) -> dict[Site, Float[Tensor, " d"]]:
+        """S of some texts, which is additive over texts."""
+        assert self.artifact is not None
+        length = self.step / len(sums.gradients) ** 0.5
+        return {
+            site: -length * self._direction(site, own - sums.tokens * self.artifact.tensors[f"{site}.mean"].double())
+            for site, own in sums.gradients.items()
+        }
+
+    def _common(self, site: Site, sites: int) -> Float[Tensor, " d"]:
+        """c, which is everybody's."""
+        assert self.artifact is not None
+        mean = self.artifact.tensors[f"{site}.mean"].double()
+        return -self.step / sites**0.5 * self.common * self._direction(site, mean)
+
+    def _vectors(self, steps: Mapping[Site, Tensor], tokens: int) -> dict[Site, Float[Tensor, " d"]]:
+        return {site: self._common(site, len(steps)) + step / (tokens + self.prior) for site, step in steps.items()}
 
     def _combined(
         self,
@@ -229,28 +277,52 @@ class NaturalGradient(Method):
             raise SteerError("the state was fitted by another method, with other settings or another population")
         if source.model != lm.fingerprint:
             raise SteerError(f"the state was read from {source.model}, this model is {lm.fingerprint}")
-        sums, (tokens,) = self._sums(lm, [records])
+        (new,) = self._read(lm, [records])
         before = source.calibration["tokens"]
-        after = int(combine(before, tokens))
-        # A step is linear in the mean gradient, so steps can be averaged as gradients can.
-        new = self._steps(sums, [tokens])
-        tensors = {
-            site: combine(before * state.tensors[str(site)].double(), tokens * steps[0]) / after
-            for site, steps in new.items()
-        }
+        after = combine(before, new.tokens)
+        steps = {}
+        for site, step in self._steps(new).items():
+            common = self._common(site, len(new.gradients))
+            steps[site] = combine((state.tensors[str(site)].double() - common) * (before + self.prior), step)
         calibration = dict(source.calibration) | {"tokens": after}
-        return UserState(replace(source, records=ids, calibration=calibration), by_site(tensors))
+        return UserState(
+            replace(source, records=ids, calibration=calibration), by_site(self._vectors(steps, after))
+        )
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Gradients of some texts, summed, at each site, and how many tokens they are of."""
+
+    gradients: Mapping[Site, Float[Tensor, " d"]]
+    tokens: int
+
+
+def _by_user(
+    users: Sequence[Sequence[Record] | History],
+    gradients: Mapping[Site, Float[Tensor, "text d"]],
+    tokens: Float[Tensor, " text"],
+) -> list[_Sums]:
+    """Sums over each user's texts, which follow one another."""
+    counts = [len(records) for records in users]
+    split = {site: rows.split(counts) for site, rows in gradients.items()}
+    return [
+        _Sums({site: rows[user].sum(0) for site, rows in split.items()}, int(own.sum()))
+        for user, own in enumerate(tokens.split(counts))
+    ]
+
+
+def _principal(rows: Float[Tensor, "text d"]) -> Float[Tensor, "direction d"]:
+    """R with `RᵀR = GᵀG`, which keeps the texts' second moments and no single text."""
+    _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
+    return sizes[:, None] * directions
 
 
 def natural_direction(
-    wanted: Float[Tensor, "user d"], gradients: Float[Tensor, "text d"], tokens: int, damping: float
+    wanted: Float[Tensor, "user d"], factor: Float[Tensor, "direction d"], damping: float
 ) -> Float[Tensor, "user d"]:
-    """`(F + λ · tr(F)/d · I)⁻¹ g` with `F = GᵀG / tokens`, by Woodbury's identity: texts are fewer than dimensions."""
-    ridge = damping * gradients.square().sum() / (tokens * gradients.shape[1])
-    gram = gradients @ gradients.T + tokens * ridge * torch.eye(len(gradients), dtype=gradients.dtype)
-    inner = torch.linalg.solve(gram, gradients @ wanted.T)
-    return (wanted - (gradients.T @ inner).T) / ridge
-
-
-def _share(on_progress: Callable[[float], None] | None, total: int) -> Callable[[int], None] | None:
-    return None if on_progress is None else lambda done: on_progress(done / total)
+    """`(F + λ · tr(F)/d · I)⁻¹ g` with `F = RᵀR`, by Woodbury's identity: directions may be fewer than dimensions."""
+    ridge = damping * factor.square().sum() / factor.shape[1]
+    gram = factor @ factor.T + ridge * torch.eye(len(factor), dtype=factor.dtype)
+    inner = torch.linalg.solve(gram, factor @ wanted.T)
+    return (wanted - (factor.T @ inner).T) / ridge

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from steer.cache import Cache
     from steer.model import FrozenLM
+
+
+_NORMS = 64
 
 
 def layer_sites(layer: int | Sequence[int]) -> list[Site]:
@@ -29,9 +33,12 @@ def by_site(values: Mapping[Site, Float[Tensor, " d"]]) -> dict[str, Float[Tenso
     return {str(site): value.detach().float().cpu() for site, value in values.items()}
 
 
-def reference_norms(lm: FrozenLM, spans: Sequence[Span], sites: Sequence[Site]) -> dict[str, float]:
-    """The median residual norm over the texts' tokens at each site: the unit of a dose."""
-    return {str(site): reading.norm for site, reading in read(lm, spans, sites).items()}
+def reference_norms(
+    lm: FrozenLM, spans: Sequence[Span], sites: Sequence[Site], cache: Cache | None = None
+) -> dict[str, float]:
+    """The median residual norm over the texts' tokens at each site, from 64 of many texts: the unit of a dose."""
+    sample = spans[:: -(-len(spans) // _NORMS)]
+    return {str(site): reading.norm for site, reading in read(lm, sample, sites, cache=cache).items()}
 
 
 def vector_edits(states: Sequence[UserState | None], like: UserState, artifact: Artifact | None = None) -> list[Edit]:

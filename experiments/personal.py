@@ -1,0 +1,276 @@
+"""What makes a state personal? Ways to make a state, each user's own against others' on what they wrote later.
+
+    python -m steer.experiments.personal texts.jsonl --instruction "Write a commit message titled: {title}" \
+        --half first --out study/commits-first.json
+
+Users are split in halves by a hash of their names: choose on the first, confirm on the second. Every way is one of
+`ARMS`; `--arms` picks some. What is read of a text is kept beside the result, and a result that is there is not computed
+again, so that the same call goes on where it was stopped.
+
+    python -m steer.experiments.personal --report study/commits-first.json study/answers-first.json --plot study.png
+
+The report has nats per token, with 95 % bootstrap intervals over users: own − base below zero says that states help,
+own − others below zero that they are personal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+import steer
+from steer.cache import Cache
+from steer.errors import SteerError
+from steer.history import History
+from steer.method import Method, make_method
+from steer.plan import edits_of
+from steer.read import Span, record_span
+from steer.score import Scores, UserScore, row_losses
+from steer.state import Artifact, UserState
+
+# Layers of SmolLM2-135M that the vectors are read at; each is tried alone.
+LAYERS = (8, 14, 20, 23)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make states, and how strongly to add them.
+
+    Attributes:
+        method: its name.
+        settings: its hyper-parameters.
+        amounts: strengths, or doses where `dosed`.
+        dosed: whether the amounts are in units of the residual norm.
+        apart: whether each of the states' sites is tried alone, too many being added otherwise.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    amounts: Sequence[float] = (1.0,)
+    dosed: bool = False
+    apart: bool = False
+
+
+def _style(**settings: Any) -> Arm:
+    return Arm("style_vector", {"layer": LAYERS, **settings}, (0.05, 0.1), dosed=True, apart=True)
+
+
+def _natural(**settings: Any) -> Arm:
+    return Arm("natural_gradient", settings)
+
+
+ARMS = {
+    "last, model": _style(pool="last", neutral="model"),
+    "last, population": _style(pool="last", neutral="population"),
+    "mean, model": _style(pool="mean", neutral="model"),
+    "mean, population": _style(pool="mean", neutral="population"),
+    "logistic, population": _style(extractor="logistic", pool="mean", neutral="population"),
+    "pca, population": _style(extractor="pca", pool="mean", neutral="population"),
+    "trained": Arm("trained_vector", {"layer": (8, 23), "steps": 12, "batch": 4}),
+    "trained, shared stage": Arm("trained_vector", {"layer": (8, 23), "shared_steps": 24, "steps": 12, "batch": 4}),
+    "gradient": _natural(),
+    "gradient, own part": _natural(common=0.0),
+    "gradient, layer 8": _natural(layer=8),
+    "gradient, layer 23": _natural(layer=23),
+    "gradient, layers 8, 16, 23": _natural(layer=(8, 16, 23)),
+    "gradient, damping 1": _natural(damping=1.0),
+    "gradient, damping 10": _natural(damping=10.0),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is scored, and how much of it.
+
+    Attributes:
+        fitted, scored: each user's texts, the earlier and the later ones.
+        others: how many others' states each user's texts are scored under.
+        tokens: of a response that count.
+    """
+
+    fitted: Sequence[History]
+    scored: Sequence[History]
+    others: int
+    tokens: int
+
+    @classmethod
+    def of(cls, histories: Sequence[History], arguments: argparse.Namespace) -> Setup:
+        """Of one half of the users: up to 24 records to fit, up to 10, or a third, held out."""
+        ordered = sorted(histories, key=lambda history: hashlib.sha256(history.user_id.encode()).hexdigest())
+        middle = len(ordered) // 2
+        half = {"first": ordered[:middle], "second": ordered[middle:], "both": ordered}[arguments.half]
+        parts = [history.split(min(10, len(history) // 3), 24) for history in half]
+        parts = [(known, later.first(arguments.records)) for known, later in parts if len(later)]
+        return cls([known for known, _ in parts], [later for _, later in parts], arguments.others, arguments.tokens)
+
+    def strangers(self, user: int) -> list[int]:
+        """The others that one user is compared with, the same for every arm."""
+        drawn = torch.randperm(len(self.fitted), generator=torch.Generator().manual_seed(user)).tolist()
+        return [other for other in drawn if other != user][: self.others]
+
+
+def run(lm: steer.FrozenLM, setup: Setup, arm: Arm, cache: Cache) -> Iterator[tuple[str, float, Scores]]:
+    """Makes everybody's states and scores them: yields where, how strongly, and the scores."""
+    method = make_method(arm.method, **arm.settings)
+    states, artifact = _fit(lm, method, setup.fitted, cache)
+    sites = states[0].provenance.sites
+    for chosen in [(site,) for site in sites] if arm.apart else [sites]:
+        table = _score(lm, setup, [_at(state, chosen) for state in states], artifact, arm)
+        for amount, scores in zip(arm.amounts, table, strict=True):
+            yield " ".join(chosen), amount, scores
+
+
+def _fit(
+    lm: steer.FrozenLM, method: Method, histories: Sequence[History], cache: Cache
+) -> tuple[list[UserState], Artifact | None]:
+    kept = {"cache": cache} if isinstance(method, steer.StyleVector | steer.NaturalGradient) else {}
+    artifact = method.train(lm, histories, **kept)
+    return method.fit_many(lm, histories, **kept), artifact
+
+
+def _at(state: UserState, sites: Sequence[str]) -> UserState:
+    """The part of a state that acts at some of its sites."""
+    return UserState(replace(state.provenance, sites=tuple(sites)), {site: state.tensors[site] for site in sites})
+
+
+def _score(
+    lm: steer.FrozenLM, setup: Setup, states: Sequence[UserState], artifact: Artifact | None, arm: Arm
+) -> list[Scores]:
+    """Scores for each amount. All of them are rows of one batch, with the text's part below the states run once."""
+    shared = {} if artifact is None else {artifact.hash: artifact}
+    users: list[list[UserScore]] = [[] for _ in arm.amounts]
+    for user, later in enumerate(setup.scored):
+        strangers = setup.strangers(user)
+        whose = [user, *strangers] * len(arm.amounts)
+        amounts = torch.tensor([0.0] + [amount for amount in arm.amounts for _ in range(1 + len(strangers))])
+        edits = edits_of(
+            lm,
+            [{}, *({"state": states[i]} for i in whose)],
+            artifacts=shared,
+            **{"dose" if arm.dosed else "strength": amounts},
+        )
+        sums, tokens = torch.zeros(1 + len(whose), dtype=torch.float64), 0
+        for record in later:
+            span = _first(record_span(lm, record), setup.tokens)
+            sums += row_losses(lm, span, edits, len(sums)).double()
+            tokens += span.end - max(span.start, 1)
+        base, *rest = (sums / tokens).tolist()
+        size = 1 + len(strangers)
+        for row, scores in enumerate(users):
+            own, *others = rest[row * size : (row + 1) * size]
+            names = [setup.fitted[i].user_id for i in strangers]
+            scores.append(UserScore(later.user_id, base, own, dict(zip(names, others, strict=True)), tokens))
+    return [Scores(scores) for scores in users]
+
+
+def _first(span: Span, tokens: int) -> Span:
+    end = min(span.end, max(span.start, 1) + tokens)
+    return Span(span.ids[:end], span.start, end)
+
+
+def main() -> None:
+    arguments = _parse()
+    if arguments.report:
+        _report(arguments.report, arguments.plot)
+        return
+    histories = [own for _, own in steer.read_histories(arguments.texts, instruction=arguments.instruction)]
+    setup = Setup.of(histories, arguments)
+    asked = {key: getattr(arguments, key) for key in ("instruction", "half", "records", "others", "tokens", "model")}
+    asked |= {"texts": arguments.texts.name, "users": len(setup.fitted)}
+    done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"study": asked, "results": []}
+    if done["study"] != asked:
+        raise SteerError(f"{arguments.out} is of another study, {done['study']}; give another --out")
+    missing = [name for name in arguments.arms or ARMS if name not in {result["arm"] for result in done["results"]}]
+    lm = steer.load(arguments.model)
+    cache = Cache(arguments.out.with_suffix(".cache"))
+    for name in track(missing, "arms"):
+        for sites, amount, scores in run(lm, setup, ARMS[name], cache):
+            entry = {"arm": name, "sites": sites, "amount": amount, "totals": scores.totals()}
+            entry["users"] = {score.user: [score.base, score.own, score.other_mean] for score in scores.users}
+            done["results"].append(entry)
+            print(_line(entry), flush=True)
+        _write(arguments.out, done)
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    totals = entry["totals"]
+    own, gap = totals["own_minus_base"], totals["own_minus_other"]
+    return (
+        f"| {entry['arm']} | {entry['sites']} | {entry['amount']:g} "
+        f"| {own['mean']:+.4f} [{own['low']:+.4f}, {own['high']:+.4f}] | {totals['other_minus_base']['mean']:+.4f} "
+        f"| {gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}] "
+        f"| {totals['better_than_base']:.0%} | {totals['own_beats_others']:.0%} | {totals['top1']:.0%} |"
+    )
+
+
+def _report(paths: Sequence[Path], plot: Path | None) -> None:
+    studies = {path.stem: json.loads(path.read_text()) for path in paths}
+    for name, study in studies.items():
+        print(f"\n### {name}: {study['study']['users']} users\n")
+        print("| way | sites | amount | own − base | others − base | own − others | own < base | own < others | top 1 |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for entry in study["results"]:
+            print(_line(entry))
+    if plot is not None:
+        _plot(studies, plot)
+
+
+def _plot(studies: Mapping[str, Any], target: Path) -> None:
+    """Each arm's best point of every study: how much its states help, against how personal they are."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(studies), 5), layout="constrained")
+    for place, (name, study) in enumerate(studies.items(), start=1):
+        axes = figure.add_subplot(1, len(studies), place)
+        axes.axhline(0, color="0.8")
+        axes.axvline(0, color="0.8")
+        for i, arm in enumerate(dict.fromkeys(entry["arm"] for entry in study["results"])):
+            own, gap = (
+                [entry["totals"][key]["mean"] for entry in study["results"] if entry["arm"] == arm]
+                for key in ("own_minus_base", "own_minus_other")
+            )
+            axes.plot(own, gap, "osD^vP*X"[i % 8], color=f"C{i % 10}", label=arm, alpha=0.8)
+        axes.set(title=name, xlabel="own − base (nats per token; left is better)")
+        axes.set_ylabel("own − others (nats per token; down is more personal)")
+        if place == 1:
+            axes.legend(fontsize=7)
+    figure.savefig(target, dpi=150)
+
+
+def _write(target: Path, data: Mapping[str, Any]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_suffix(".tmp")
+    draft.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    os.replace(draft, target)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, nargs="?", help="JSONL of records")
+    parser.add_argument("--instruction", help="prompt for records without one")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--half", choices=["first", "second", "both"], default="first")
+    parser.add_argument("--records", type=int, default=5, help="later records of a user that are scored")
+    parser.add_argument("--others", type=int, default=2, help="others' states that a user is scored under")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of a scored response")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--out", type=Path, default=Path("study.json"))
+    parser.add_argument("--report", type=Path, nargs="+", help="print these results instead")
+    parser.add_argument("--plot", type=Path, help="with --report: draw them here")
+    arguments = parser.parse_args()
+    if (arguments.texts is None) == (arguments.report is None):
+        parser.error("give the texts to study, or --report with results")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
