@@ -132,7 +132,7 @@ def run(lm: steer.FrozenLM, setup: Setup, arm: Arm, cache: Cache) -> Iterator[tu
 def _fit(
     lm: steer.FrozenLM, method: Method, histories: Sequence[History], cache: Cache
 ) -> tuple[list[UserState], Artifact | None]:
-    kept = {"cache": cache} if isinstance(method, steer.StyleVector | steer.NaturalGradient) else {}
+    kept: dict[str, Any] = {"cache": cache} if isinstance(method, steer.StyleVector | steer.NaturalGradient) else {}
     artifact = method.train(lm, histories, **kept)
     return method.fit_many(lm, histories, **kept), artifact
 
@@ -151,12 +151,15 @@ def _score(
     for user, later in enumerate(setup.scored):
         strangers = setup.strangers(user)
         whose = [user, *strangers] * len(arm.amounts)
-        amounts = torch.tensor([0.0] + [amount for amount in arm.amounts for _ in range(1 + len(strangers))])
+        amounts: dict[str, Any] = {
+            "dose" if arm.dosed else "strength": [0.0]
+            + [amount for amount in arm.amounts for _ in range(len(strangers) + 1)]
+        }
         edits = edits_of(
             lm,
             [{}, *({"state": states[i]} for i in whose)],
             artifacts=shared,
-            **{"dose" if arm.dosed else "strength": amounts},
+            **amounts,
         )
         sums, tokens = torch.zeros(1 + len(whose), dtype=torch.float64), 0
         for record in later:
@@ -186,7 +189,9 @@ def main() -> None:
     setup = Setup.of(histories, arguments)
     asked = {key: getattr(arguments, key) for key in ("instruction", "half", "records", "others", "tokens", "model")}
     asked |= {"texts": arguments.texts.name, "users": len(setup.fitted)}
-    done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"study": asked, "results": []}
+    done: dict[str, Any] = {"study": asked, "results": []}
+    if arguments.out.exists():
+        done = json.loads(arguments.out.read_text())
     if done["study"] != asked:
         raise SteerError(f"{arguments.out} is of another study, {done['study']}; give another --out")
     missing = [name for name in arguments.arms or ARMS if name not in {result["arm"] for result in done["results"]}]
@@ -216,7 +221,9 @@ def _report(paths: Sequence[Path], plot: Path | None) -> None:
     studies = {path.stem: json.loads(path.read_text()) for path in paths}
     for name, study in studies.items():
         print(f"\n### {name}: {study['study']['users']} users\n")
-        print("| way | sites | amount | own − base | others − base | own − others | own < base | own < others | top 1 |")
+        print(
+            "| way | sites | amount | own − base | others − base | own − others | own < base | own < others | top 1 |"
+        )
         print("|---|---|---|---|---|---|---|---|---|")
         for entry in study["results"]:
             print(_line(entry))

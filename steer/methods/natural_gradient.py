@@ -285,9 +285,7 @@ class NaturalGradient(Method):
             common = self._common(site, len(new.gradients))
             steps[site] = combine((state.tensors[str(site)].double() - common) * (before + self.prior), step)
         calibration = dict(source.calibration) | {"tokens": after}
-        return UserState(
-            replace(source, records=ids, calibration=calibration), by_site(self._vectors(steps, after))
-        )
+        return UserState(replace(source, records=ids, calibration=calibration), by_site(self._vectors(steps, after)))
 
 
 @dataclass(frozen=True)
