@@ -4,7 +4,7 @@
         --half first --out study/commits-first.json
 
 Users are split in halves by a hash of their names: choose on the first, confirm on the second. Every way is one of
-`ARMS`; `--arms` picks some. What is read of a text is kept beside the result, and a result that is there is not computed
+`ARMS`; `--arms` picks some. What is read of a text is kept beside the result, and a result that is there is not made
 again, so that the same call goes on where it was stopped.
 
     python -m steer.experiments.personal --report study/commits-first.json study/answers-first.json --plot study.png

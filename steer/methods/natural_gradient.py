@@ -3,14 +3,14 @@
     ∇_i = ∇_δ −log p( y_i | x_i ; h_l(x)_t + δ ) at δ = 0, summed over tokens        t from the last prompt token on
     F   = 1/T · Σ_i ∇_i ∇_iᵀ,   ḡ = 1/T · Σ_i ∇_i                                    over texts of all users
     P   = (F + λ · tr(F)/d · I)⁻¹
-    S_u = −step/√L · P ( Σ_i ∇_i − T_u · ḡ )                                         over the user's texts
-    v_u = S_u / (T_u + T₀) − step/√L · common · P ḡ                                  h'_l(x)_t = h_l(x)_t + α · v_u
+    S_u = −step/√L · P ( Σ_i ∇_i − T_u · ḡ ),   c = −common/√L · P ḡ                 over the user's texts
+    v_u = c + S_u / (T_u + T₀)                                                       h'_l(x)_t = h_l(x)_t + α · v_u
 
-where T_u are the user's tokens and T everybody's. F is the empirical Fisher information, so that v_u is the direction of
+where T_u are the user's tokens and T everybody's. F is the empirical Fisher information, and both steps are those of
 Amari, "Natural Gradient Works Efficiently in Learning", Neural Computation 10 (1998), for a constant offset of the
-residual stream. It takes one forward and one backward pass for a text, where training a vector (`trained_vector.py`)
+residual stream. They take one forward and one backward pass for a text, where training a vector (`trained_vector.py`)
 takes many. Directions in which texts differ for all kinds of reasons have large gradients of either sign and are damped
-by F⁻¹; what is left is more of the person than a difference of means has. ḡ is what is common to all, the genre: known
+by F⁻¹; what is left is more of the person than a difference of means has. c is what is common to all, the genre: known
 from many more texts, it may go further than the user's own part, which T₀ shortens for those who wrote little. At each
 of L layers the step is made as if there were no other, and shortened.
 """
@@ -55,8 +55,8 @@ class NaturalGradient(Method):
     Args:
         layer: after which block, or blocks, to read and to add; if None, two, about a quarter and three quarters up.
         damping: λ, in units of F's mean diagonal.
-        step: length of the step at strength 1, at one layer. F overestimates the curvature, so that 1 falls short.
-        common: how much of the population's mean gradient a vector has: 0 leaves the user's own part alone.
+        step: length of the user's own step. F overestimates the curvature, so that 1 falls short.
+        common: length of the step that is common to all; 0 leaves the user's own part alone.
         prior: T₀, in tokens: a user who wrote as many goes half their own way.
         positions: from which position on the vector is added, in reading as in steering.
         max_tokens: longer texts are cut.
@@ -68,7 +68,7 @@ class NaturalGradient(Method):
     layer: int | Sequence[int] | None = None
     damping: float = 3.0
     step: float = 3.0
-    common: float = 2.0
+    common: float = 18.0
     prior: float = 0.0
     positions: Positions = "response"
     max_tokens: int = 1024
@@ -258,7 +258,7 @@ class NaturalGradient(Method):
         """c, which is everybody's."""
         assert self.artifact is not None
         mean = self.artifact.tensors[f"{site}.mean"].double()
-        return -self.step / sites**0.5 * self.common * self._direction(site, mean)
+        return -self.common / sites**0.5 * self._direction(site, mean)
 
     def _vectors(self, steps: Mapping[Site, Tensor], tokens: int) -> dict[Site, Float[Tensor, " d"]]:
         return {site: self._common(site, len(steps)) + step / (tokens + self.prior) for site, step in steps.items()}
