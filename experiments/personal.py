@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ from steer.read import Span, record_span
 from steer.score import Scores, UserScore, row_losses
 from steer.state import Artifact, UserState
 
-# Layers of SmolLM2-135M that the vectors are read at; each is tried alone.
-LAYERS = (8, 14, 20, 23)
+# Layers of SmolLM2-135M's 30 that style vectors are read at; each is tried alone.
+LAYERS = (14, 23)
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,15 @@ ARMS = {
     "trained": Arm("trained_vector", {"layer": (8, 23), "steps": 12, "batch": 4}),
     "trained, shared stage": Arm("trained_vector", {"layer": (8, 23), "shared_steps": 24, "steps": 12, "batch": 4}),
     "gradient": _natural(),
-    "gradient, own part": _natural(common=0.0),
     "gradient, layer 8": _natural(layer=8),
     "gradient, layer 23": _natural(layer=23),
-    "gradient, layers 8, 16, 23": _natural(layer=(8, 16, 23)),
-    "gradient, damping 1": _natural(damping=1.0),
-    "gradient, damping 10": _natural(damping=10.0),
+    "gradient, layers 8, 23": _natural(layer=(8, 23)),
+    "gradient, layers 4, 10, 16, 21, 26": _natural(layer=(4, 10, 16, 21, 26)),
+    "gradient, prior 120,000, step 28": _natural(prior=120_000, step=28),
+    "gradient, prior 480,000, step 56": _natural(prior=480_000, step=56),
+    "gradient, prior 480,000, step 80": _natural(prior=480_000, step=80),
+    # With so long a prior F plays no part: the plain gradient.
+    "gradient, plain": _natural(prior=24_000_000, step=4_000),
 }
 
 
@@ -188,22 +191,36 @@ def main() -> None:
     histories = [own for _, own in steer.read_histories(arguments.texts, instruction=arguments.instruction)]
     setup = Setup.of(histories, arguments)
     asked = {key: getattr(arguments, key) for key in ("instruction", "half", "records", "others", "tokens", "model")}
-    asked |= {"texts": arguments.texts.name, "users": len(setup.fitted)}
+    asked |= {"texts": _digest(arguments.texts), "users": len(setup.fitted)}
     done: dict[str, Any] = {"study": asked, "results": []}
     if arguments.out.exists():
         done = json.loads(arguments.out.read_text())
     if done["study"] != asked:
         raise SteerError(f"{arguments.out} is of another study, {done['study']}; give another --out")
-    missing = [name for name in arguments.arms or ARMS if name not in {result["arm"] for result in done["results"]}]
+    wanted = {name: _described(ARMS[name]) for name in arguments.arms or ARMS}
+    known = [(result["arm"], result["settings"]) for result in done["results"]]
+    missing = [name for name, settings in wanted.items() if (name, settings) not in known]
     lm = steer.load(arguments.model)
     cache = Cache(arguments.out.with_suffix(".cache"))
     for name in track(missing, "arms"):
+        done["results"] = [result for result in done["results"] if result["arm"] != name]
         for sites, amount, scores in run(lm, setup, ARMS[name], cache):
-            entry = {"arm": name, "sites": sites, "amount": amount, "totals": scores.totals()}
+            entry = {"arm": name, "settings": wanted[name], "sites": sites, "amount": amount, "totals": scores.totals()}
             entry["users"] = {score.user: [score.base, score.own, score.other_mean] for score in scores.users}
             done["results"].append(entry)
             print(_line(entry), flush=True)
         _write(arguments.out, done)
+
+
+def _described(arm: Arm) -> dict[str, Any]:
+    """All that an arm's results depend on, with the hyper-parameters that it leaves at their defaults."""
+    method = make_method(arm.method, **arm.settings)
+    settings = {f.name: getattr(method, f.name) for f in fields(method) if f.init}  # type: ignore[arg-type]
+    return json.loads(json.dumps({"method": arm.method, **settings, "amounts": arm.amounts}, default=str))
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 import steer
 from steer.cache import Cache
 from steer.likelihood import response_gradients, response_losses
-from steer.methods.natural_gradient import natural_direction
+from steer.methods.natural_gradient import Fisher
 from steer.read import record_span
 
 SITES = [steer.Site("resid_post", 0), steer.Site("resid_post", 1)]
@@ -50,34 +50,53 @@ def test_the_model_gets_no_gradient(llama: steer.FrozenLM, histories: list[steer
 
 
 @pytest.mark.parametrize(("texts", "width"), [(3, 7), (40, 7), (1, 5)])
-def test_the_direction_is_that_of_the_damped_fisher_information(texts: int, width: int) -> None:
+def test_fisher_information_is_as_in_numpy(texts: int, width: int) -> None:
     rng = np.random.default_rng(texts)
-    sample, wanted = rng.normal(size=(texts, width)), rng.normal(size=(2, width))
+    gradients, wanted = rng.normal(size=(texts, width)), rng.normal(size=width)
     tokens, damping = 11, 0.5
-    fisher = sample.T @ sample / tokens
-    expected = np.linalg.solve(fisher + damping * np.trace(fisher) / width * np.eye(width), wanted.T).T
-    direction = natural_direction(torch.tensor(wanted), torch.tensor(sample) / tokens**0.5, damping)
-    np.testing.assert_allclose(direction.numpy(), expected, rtol=1e-9)
+    plain = gradients.T @ gradients / tokens
+    damped = plain + damping * np.trace(plain) / width * np.eye(width)
+    fisher = Fisher.of(torch.tensor(gradients), tokens)
+    wanted_ = torch.tensor(wanted)
+    np.testing.assert_allclose(fisher.solve(wanted_, damping).numpy(), np.linalg.solve(damped, wanted), rtol=1e-9)
+    np.testing.assert_allclose(fisher.times(wanted_, damping).numpy(), damped @ wanted, rtol=1e-9)
 
 
-def test_a_step_makes_own_texts_likelier_than_a_plain_gradient_step_of_that_length(
+def test_vectors_are_what_the_equation_says(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    method = steer.NaturalGradient(layer=[0, 1], step=7.0, prior=500.0)
+    artifact = method.train(llama, histories)
+    state = method.fit(llama, histories[0])
+    spans = [record_span(llama, record) for history in histories for record in history]
+    gradients, tokens = response_gradients(llama, spans, SITES)
+    for site in SITES:
+        g, t, n = gradients[site].double().numpy(), tokens.double().numpy(), len(histories[0])
+        fisher, mean = g.T @ g / t.sum(), g.sum(0) / t.sum()
+        ridge = np.trace(fisher) / len(fisher) * np.eye(len(fisher))
+        own = g[:n].sum(0) / t[:n].sum() - mean
+        steps = np.linalg.solve(fisher + 500 / t.sum() * ridge, mean)
+        steps += np.linalg.solve(fisher + 500 / t[:n].sum() * ridge, own)
+        expected = torch.tensor(-7 / 2**0.5 * steps)
+        assert_close(state.tensors[str(site)].double(), expected)
+    assert state.provenance.calibration["tokens"] == t[:n].sum()
+    assert artifact.settings["tokens"] == t.sum()
+
+
+def test_own_texts_become_likelier_and_more_so_than_under_anothers_vector(
     llama: steer.FrozenLM, histories: list[steer.History]
 ) -> None:
-    method = steer.NaturalGradient(layer=1, step=0.3)
+    method = steer.NaturalGradient(layer=1, step=1.0, prior=300)
     method.train(llama, histories)
-    for history, state in zip(histories, method.fit_many(llama, histories), strict=True):
+    vectors = [state.tensors["resid_post[1]"] for state in method.fit_many(llama, histories)]
+    for user, history in enumerate(histories):
         spans = [record_span(llama, record) for record in history]
-        gradients, _ = response_gradients(llama, spans, SITES[1:])
-        step = state.tensors["resid_post[1]"]
-        plain = -gradients[SITES[1]].sum(0) * step.norm() / gradients[SITES[1]].sum(0).norm()
-        assert torch.nn.functional.cosine_similarity(step, plain, dim=0) < 0.999
 
         def loss(vector: Tensor, spans: list = spans) -> float:  # type: ignore[type-arg]
             with torch.no_grad():
                 edit = steer.ResidualEdit(SITES[1], vector.expand(len(spans), -1))
                 return response_losses(llama, spans, [edit])[0].sum().item()
 
-        assert loss(step) < loss(torch.zeros_like(step)) - 0.1
+        assert loss(vectors[user]) < loss(vectors[1 - user]) - 0.5
+        assert loss(vectors[user]) < loss(torch.zeros(llama.width)) - 1
 
 
 def test_many_users_are_read_as_one_by_one(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
@@ -96,22 +115,9 @@ def test_many_users_are_read_as_one_by_one(llama: steer.FrozenLM, histories: lis
         assert text != llama.generate(["greet me"], max_new_tokens=4)
 
 
-def test_own_parts_cancel(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
-    """The mean over tokens of the users' own parts is nothing."""
-    method = steer.NaturalGradient(layer=1, common=0.0)
-    method.train(llama, histories)
-    states = method.fit_many(llama, histories)
-    weighted = sum(s.provenance.calibration["tokens"] * s.tensors["resid_post[1]"] for s in states)
-    assert isinstance(weighted, Tensor)
-    longest = max(s.provenance.calibration["tokens"] * s.tensors["resid_post[1]"].norm() for s in states)
-    assert weighted.norm() < 1e-4 * longest
-
-
-@pytest.mark.parametrize(("common", "prior"), [(0.0, 0.0), (2.0, 0.0), (2.0, 30.0)])
-def test_records_come_and_go(
-    llama: steer.FrozenLM, histories: list[steer.History], common: float, prior: float
-) -> None:
-    method = steer.NaturalGradient(layer=1, common=common, prior=prior)
+@pytest.mark.parametrize("prior", [100.0, 3_000.0, 240_000.0])
+def test_records_come_and_go(llama: steer.FrozenLM, histories: list[steer.History], prior: float) -> None:
+    method = steer.NaturalGradient(layer=1, prior=prior)
     method.train(llama, histories)
     early, whole = histories[0].first(1), histories[0]
     grown = method.update(llama, method.fit(llama, early), whole.records[1:])
@@ -127,22 +133,34 @@ def test_records_come_and_go(
         method.remove(llama, shrunk, whole.records[1:])
     with pytest.raises(steer.SteerError, match="no record would be left"):
         method.remove(llama, shrunk, whole.records[:1])
-    other = replace(method, damping=1.0)
+    with pytest.raises(steer.SteerError, match="of several users"):
+        method.update(llama, shrunk, [whole.records[1], histories[1].records[0]])
+    other = replace(method, step=1.0)
     other.use(llama, method.artifact)  # type: ignore[arg-type]
-    with pytest.raises(steer.SteerError, match="other settings"):
+    with pytest.raises(steer.SteerError, match="not fitted by this method as it is now"):
         other.update(llama, grown, histories[1].records)
 
 
-def test_who_wrote_as_much_as_the_prior_goes_half_the_way(
-    llama: steer.FrozenLM, histories: list[steer.History]
-) -> None:
-    method = steer.NaturalGradient(layer=1, common=0.0)
+def test_a_state_of_other_layers_is_not_updated(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    method = steer.NaturalGradient(layer=[0, 1])
     artifact = method.train(llama, histories)
-    whole = method.fit(llama, histories[0])
-    half = replace(method, prior=whole.provenance.calibration["tokens"])
-    half.use(llama, artifact)
-    shrunk = half.fit(llama, histories[0])
-    assert_close(2 * shrunk.tensors["resid_post[1]"], whole.tensors["resid_post[1]"])
+    state = method.fit(llama, histories[0].first(1))
+    for layer in (1, [1, 0]):
+        other = steer.NaturalGradient(layer=layer)
+        other.use(llama, artifact)
+        with pytest.raises(steer.SteerError, match="not fitted by this method as it is now"):
+            other.update(llama, state, histories[0].records[1:])
+
+
+def test_a_prior_holds_back_those_who_wrote_little(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    def norm(prior: float) -> float:
+        method = steer.NaturalGradient(layer=1, prior=prior)
+        method.train(llama, histories)
+        return method.fit(llama, histories[0]).tensors["resid_post[1]"].norm().item()
+
+    norms = [norm(prior) for prior in (100, 1_000, 10_000)]
+    assert norms == sorted(norms, reverse=True)
+    assert norms[0] > 2 * norms[2]
 
 
 def test_each_text_is_read_once(
@@ -172,19 +190,17 @@ def test_each_text_is_read_once(
 
 
 def test_the_population_keeps_no_single_text(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
-    """Its second moments alone, in as many directions as there are texts."""
-    method = steer.NaturalGradient(layer=1)
-    artifact = method.train(llama, histories)
+    artifact = steer.NaturalGradient(layer=1).train(llama, histories)
     spans = [record_span(llama, record) for history in histories for record in history]
-    gradients, tokens = response_gradients(llama, spans, SITES[1:])
-    rows, factor = gradients[SITES[1]].double(), artifact.tensors["resid_post[1].factor"].double()
-    assert_close(factor.T @ factor, rows.T @ rows / tokens.sum())
-    directions = torch.nn.functional.normalize(factor, dim=1)
-    assert_close(directions @ directions.T, torch.eye(len(factor)).double(), 1e-4)
-    assert (torch.nn.functional.normalize(rows, dim=1) @ directions.T).abs().max() < 0.99
+    gradients = torch.nn.functional.normalize(response_gradients(llama, spans, SITES[1:])[0][SITES[1]], dim=1)
+    assert set(artifact.tensors) == {f"resid_post[1].{part}" for part in ("mean", "directions", "variances")}
+    assert (gradients @ artifact.tensors["resid_post[1].directions"].T).abs().max() < 0.99
 
 
 def test_bad_input(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    for setting in ({"step": 0}, {"prior": -1.0}, {"prior": float("nan")}):
+        with pytest.raises(steer.SteerError, match="must be positive"):
+            steer.NaturalGradient(layer=1, **setting)
     method = steer.NaturalGradient(layer=1)
     with pytest.raises(steer.SteerError, match="train"):
         method.fit(llama, histories[0])

@@ -412,8 +412,8 @@ def extract(folder: Path, *arguments: str) -> Any:
 
 
 def test_steer_extract_by_another_method(folder: Path, llama: steer.FrozenLM) -> None:
-    printed = extract(folder, "--set", "damping=2", "--layer", "1")
-    bank, method = steer.Bank(folder / "bank"), steer.NaturalGradient(layer=1, damping=2)
+    printed = extract(folder, "--set", "step=2", "--layer", "1")
+    bank, method = steer.Bank(folder / "bank"), steer.NaturalGradient(layer=1, step=2)
     method.train(llama, people())
     for history in people():
         state = bank[history.user_id, "style"]
@@ -424,8 +424,8 @@ def test_steer_extract_by_another_method(folder: Path, llama: steer.FrozenLM) ->
     for arguments, message in (
         (["--method", "natural-gradient", "--neutral", "model"], "--neutral is for --method style-vector"),
         (["--method", "nothing"], "there is no method 'nothing'"),
-        (["--set", "dampin=2"], "natural_gradient: .*'dampin'"),
-        (["--set", "damping"], "--set damping is not a hyper-parameter"),
+        (["--set", "stp=2"], "natural_gradient: .*'stp'"),
+        (["--set", "step"], "--set step is not a hyper-parameter"),
         (["--method", "trained-vector", "--layer", "1", "--resume", "file"], "--resume is for methods that read"),
     ):
         with pytest.raises(steer.SteerError, match=message):

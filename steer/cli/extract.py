@@ -46,7 +46,7 @@ def extract(
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="A hyper-parameter of the method: --set damping=1. May be repeated.", show_default=False
+            "--set", help="A hyper-parameter of the method: --set step=10. May be repeated.", show_default=False
         ),
     ] = None,
     site: Annotated[

@@ -56,12 +56,12 @@ def load(model: str, device: str | None, dtype: str | None) -> FrozenLM:
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """Reads `damping=1` and the like; what is JSON is read as JSON, anything else is text."""
+    """Reads `step=10` and the like; what is JSON is read as JSON, anything else is text."""
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key.isidentifier() or not equals:
-            raise SteerError(f"--set {pair} is not a hyper-parameter and its value, such as damping=1")
+            raise SteerError(f"--set {pair} is not a hyper-parameter and its value, such as step=10")
         try:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -2,17 +2,18 @@
 
     ∇_i = ∇_δ −log p( y_i | x_i ; h_l(x)_t + δ ) at δ = 0, summed over tokens        t from the last prompt token on
     F   = 1/T · Σ_i ∇_i ∇_iᵀ,   ḡ = 1/T · Σ_i ∇_i                                    over texts of all users
-    P   = (F + λ · tr(F)/d · I)⁻¹
-    S_u = −step/√L · P ( Σ_i ∇_i − T_u · ḡ ),   c = −common/√L · P ḡ                 over the user's texts
-    v_u = c + S_u / (T_u + T₀)                                                       h'_l(x)_t = h_l(x)_t + α · v_u
+    P_n = (F + T₀/n · tr(F)/d · I)⁻¹                                                 as much as n tokens can tell
+    v_u = −step/√L · ( P_T ḡ + P_{T_u} (1/T_u · Σ_i ∇_i − ḡ) )                       over the user's texts
+    h'_l(x)_t = h_l(x)_t + α · v_u
 
 where T_u are the user's tokens and T everybody's. F is the empirical Fisher information, and both steps are those of
 Amari, "Natural Gradient Works Efficiently in Learning", Neural Computation 10 (1998), for a constant offset of the
-residual stream. They take one forward and one backward pass for a text, where training a vector (`trained_vector.py`)
-takes many. Directions in which texts differ for all kinds of reasons have large gradients of either sign and are damped
-by F⁻¹; what is left is more of the person than a difference of means has. c is what is common to all, the genre: known
-from many more texts, it may go further than the user's own part, which T₀ shortens for those who wrote little. At each
-of L layers the step is made as if there were no other, and shortened.
+residual stream, each towards where n tokens and a Gaussian prior worth T₀ of them would have it. They take one forward
+and one backward pass for a text, where training a vector (`trained_vector.py`) takes many. Directions in which texts
+differ for all kinds of reasons have large gradients of either sign and are damped by F⁻¹; what is left is more of the
+person than a difference of means has. The first step is what all have in common, the genre, the second the user's own
+part: known from fewer texts, it stays shorter. At each of L layers the step is made as if there were no other, and
+shortened.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 
 # Texts whose gradients make F, at most.
 _SAMPLE = 1024
-# Layers 8 and 23 of SmolLM2's 30.
-_DEPTHS = (0.27, 0.77)
+# Layers 8, 16 and 23 of SmolLM2's 30.
+_DEPTHS = (0.27, 0.53, 0.77)
 
 
 @dataclass
@@ -53,28 +54,32 @@ class NaturalGradient(Method):
     """Reads a vector for each user and layer from the gradient of the user's texts.
 
     Args:
-        layer: after which block, or blocks, to read and to add; if None, two, about a quarter and three quarters up.
-        damping: λ, in units of F's mean diagonal.
-        step: length of the user's own step. F overestimates the curvature, so that 1 falls short.
-        common: length of the step that is common to all; 0 leaves the user's own part alone.
-        prior: T₀, in tokens: a user who wrote as many goes half their own way.
+        layer: after which block, or blocks, to read and to add; if None three, at a quarter, a half and three quarters.
+        step: length of the steps; F overestimates the curvature, so that 1 falls far short.
+        prior: T₀, in tokens: what holds the vector back. A user, or a population, goes the further the more it wrote.
         positions: from which position on the vector is added, in reading as in steering.
         max_tokens: longer texts are cut.
         seed: of the texts that make F where there are more than 1,024.
+
+    Raises:
+        SteerError: `step` or `prior` is not positive.
     """
 
     name: ClassVar[str] = "natural_gradient"
 
     layer: int | Sequence[int] | None = None
-    damping: float = 3.0
-    step: float = 3.0
-    common: float = 18.0
-    prior: float = 0.0
+    step: float = 40.0
+    prior: float = 240_000.0
     positions: Positions = "response"
     max_tokens: int = 1024
     seed: int = 0
     # What `train` has read of each history, so that `fit` need not read it again.
     _known: dict[tuple[FrozenLM, History], _Sums] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("step", "prior"):
+            if not getattr(self, name) > 0:
+                raise SteerError(f"{name}={getattr(self, name)} must be positive")
 
     def sites(self, lm: FrozenLM) -> list[Site]:
         """Where the vectors are read and added."""
@@ -112,16 +117,24 @@ class NaturalGradient(Method):
             for history, sums in zip(users, _by_user(users, gradients, tokens), strict=True):
                 self._known[lm, history] = sums
         total = tokens.sum()
-        means = {f"{site}.mean": rows.sum(0) / total for site, rows in gradients.items()}
-        factors = {f"{site}.factor": _principal(rows / total.sqrt()) for site, rows in gradients.items()}
+        tensors: dict[str, Tensor] = {}
+        for site, rows in gradients.items():
+            fisher = Fisher.of(rows, total.item())
+            tensors |= {
+                f"{site}.mean": rows.sum(0) / total,
+                f"{site}.directions": fisher.directions,
+                f"{site}.variances": fisher.variances,
+            }
         self.artifact = Artifact(
             method=self.name,
             version=self.version,
             model=lm.fingerprint,
-            tensors={name: tensor.float() for name, tensor in (means | factors).items()},
+            tensors={name: tensor.float() for name, tensor in tensors.items()},
             settings={
                 "texts": len(spans),
+                "tokens": int(total),
                 "positions": self.positions,
+                "max_tokens": self.max_tokens,
                 "reference_norm": reference_norms(lm, spans, self.sites(lm), cache),
             },
         )
@@ -162,7 +175,7 @@ class NaturalGradient(Method):
                     settings=self._settings(artifact),
                     calibration={"reference_norm": artifact.settings["reference_norm"], "tokens": own.tokens},
                 ),
-                tensors=by_site(self._vectors(self._steps(own), own.tokens)),
+                tensors=by_site(self._vectors(own)),
             )
             for history, own in zip(histories, sums, strict=True)
         ]
@@ -202,7 +215,7 @@ class NaturalGradient(Method):
         return vector_edits(states, like)
 
     def _settings(self, artifact: Artifact) -> dict[str, Any]:
-        chosen = {key: getattr(self, key) for key in ("damping", "step", "common", "prior", "positions", "max_tokens")}
+        chosen = {key: getattr(self, key) for key in ("step", "prior", "positions", "max_tokens")}
         return chosen | {"population": artifact.hash}
 
     def _population(self, lm: FrozenLM) -> Artifact:
@@ -211,8 +224,9 @@ class NaturalGradient(Method):
         self._require_model(lm, self.artifact)
         if missing := [site for site in self.sites(lm) if f"{site}.mean" not in self.artifact.tensors]:
             raise SteerError(f"the population was not read at {missing[0]}; train again")
-        if self.artifact.settings["positions"] != self.positions:
-            raise SteerError(f"the population was read for positions {self.artifact.settings['positions']!r}")
+        for name in ("positions", "max_tokens"):
+            if (read_for := self.artifact.settings[name]) != getattr(self, name):
+                raise SteerError(f"the population was read for {name}={read_for!r}; train again")
         return self.artifact
 
     def _gradients(
@@ -240,28 +254,32 @@ class NaturalGradient(Method):
         spans = [record_span(lm, record, max_tokens=self.max_tokens) for records in users for record in records]
         return _by_user(users, *self._gradients(lm, spans, on_progress, cache))
 
-    def _direction(self, site: Site, gradient: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    def _shared(self, site: Site) -> tuple[Float[Tensor, " d"], Fisher, Float[Tensor, " d"]]:
+        """The population's mean gradient, its Fisher information, and the step that is common to all."""
         assert self.artifact is not None
-        factor = self.artifact.tensors[f"{site}.factor"].double()
-        return natural_direction(gradient[None], factor, self.damping)[0]
+        mean, directions, variances = (
+            self.artifact.tensors[f"{site}.{part}"].double() for part in ("mean", "directions", "variances")
+        )
+        fisher = Fisher(directions, variances)
+        return mean, fisher, fisher.solve(mean, self.prior / self.artifact.settings["tokens"])
 
-    def _steps(self, sums: _Sums) -> dict[Site, Float[Tensor, " d"]]:
-        """S of some texts, which is additive over texts."""
-        assert self.artifact is not None
-        length = self.step / len(sums.gradients) ** 0.5
-        return {
-            site: -length * self._direction(site, own - sums.tokens * self.artifact.tensors[f"{site}.mean"].double())
-            for site, own in sums.gradients.items()
-        }
+    def _vectors(self, sums: _Sums) -> dict[Site, Float[Tensor, " d"]]:
+        vectors = {}
+        for site, gradient in sums.gradients.items():
+            mean, fisher, common = self._shared(site)
+            own = fisher.solve(gradient / sums.tokens - mean, self.prior / sums.tokens)
+            vectors[site] = -self.step / len(sums.gradients) ** 0.5 * (common + own)
+        return vectors
 
-    def _common(self, site: Site, sites: int) -> Float[Tensor, " d"]:
-        """c, which is everybody's."""
-        assert self.artifact is not None
-        mean = self.artifact.tensors[f"{site}.mean"].double()
-        return -self.common / sites**0.5 * self._direction(site, mean)
-
-    def _vectors(self, steps: Mapping[Site, Tensor], tokens: int) -> dict[Site, Float[Tensor, " d"]]:
-        return {site: self._common(site, len(steps)) + step / (tokens + self.prior) for site, step in steps.items()}
+    def _sums_of(self, lm: FrozenLM, state: UserState) -> _Sums:
+        """What the state was made of: the inverse of `_vectors`."""
+        sites, tokens = self.sites(lm), state.provenance.calibration["tokens"]
+        gradients = {}
+        for site in sites:
+            mean, fisher, common = self._shared(site)
+            own = -state.tensors[str(site)].double() * len(sites) ** 0.5 / self.step - common
+            gradients[site] = tokens * (fisher.times(own, self.prior / tokens) + mean)
+        return _Sums(gradients, tokens)
 
     def _combined(
         self,
@@ -271,21 +289,26 @@ class NaturalGradient(Method):
         ids: tuple[str, ...],
         combine: Callable[[Any, Any], Any],
     ) -> UserState:
-        artifact = self._population(lm)
-        source = state.provenance
-        if source.method != self.name or source.settings != self._settings(artifact):
-            raise SteerError("the state was fitted by another method, with other settings or another population")
-        if source.model != lm.fingerprint:
-            raise SteerError(f"the state was read from {source.model}, this model is {lm.fingerprint}")
+        self._require_own(lm, state)
+        if len({record.user_id for record in records}) > 1:
+            raise SteerError("these records are of several users; a state is of one")
         (new,) = self._read(lm, [records])
-        before = source.calibration["tokens"]
-        after = combine(before, new.tokens)
-        steps = {}
-        for site, step in self._steps(new).items():
-            common = self._common(site, len(new.gradients))
-            steps[site] = combine((state.tensors[str(site)].double() - common) * (before + self.prior), step)
-        calibration = dict(source.calibration) | {"tokens": after}
-        return UserState(replace(source, records=ids, calibration=calibration), by_site(self._vectors(steps, after)))
+        old = self._sums_of(lm, state)
+        sums = _Sums(
+            {site: combine(gradient, new.gradients[site]) for site, gradient in old.gradients.items()},
+            combine(old.tokens, new.tokens),
+        )
+        calibration = dict(state.provenance.calibration) | {"tokens": sums.tokens}
+        return UserState(replace(state.provenance, records=ids, calibration=calibration), by_site(self._vectors(sums)))
+
+    def _require_own(self, lm: FrozenLM, state: UserState) -> None:
+        """Raises SteerError unless the state is what `fit` of this very method could have given."""
+        artifact, source = self._population(lm), state.provenance
+        theirs = (source.method, source.model, source.sites, dict(source.settings))
+        ours = (self.name, lm.fingerprint, tuple(map(str, self.sites(lm))), self._settings(artifact))
+        if different := [pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1]]:
+            there, here = different[0]
+            raise SteerError(f"the state was not fitted by this method as it is now: {there} there, {here} here")
 
 
 @dataclass(frozen=True)
@@ -310,17 +333,33 @@ def _by_user(
     ]
 
 
-def _principal(rows: Float[Tensor, "text d"]) -> Float[Tensor, "direction d"]:
-    """R with `RᵀR = GᵀG`, which keeps the texts' second moments and no single text."""
-    _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
-    return sizes[:, None] * directions
+@dataclass(frozen=True)
+class Fisher:
+    """The empirical Fisher information F by its principal axes, which are of all texts and of none.
 
+    Attributes:
+        directions: orthonormal; F is zero across them.
+        variances: F along each.
+    """
 
-def natural_direction(
-    wanted: Float[Tensor, "user d"], factor: Float[Tensor, "direction d"], damping: float
-) -> Float[Tensor, "user d"]:
-    """`(F + λ · tr(F)/d · I)⁻¹ g` with `F = RᵀR`, by Woodbury's identity: directions may be fewer than dimensions."""
-    ridge = damping * factor.square().sum() / factor.shape[1]
-    gram = factor @ factor.T + ridge * torch.eye(len(factor), dtype=factor.dtype)
-    inner = torch.linalg.solve(gram, factor @ wanted.T)
-    return (wanted - (factor.T @ inner).T) / ridge
+    directions: Float[Tensor, "k d"]
+    variances: Float[Tensor, " k"]
+
+    @classmethod
+    def of(cls, gradients: Float[Tensor, "text d"], tokens: float) -> Fisher:
+        """`F = GᵀG / tokens`."""
+        _, sizes, directions = torch.linalg.svd(gradients / tokens**0.5, full_matrices=False)
+        return cls(directions, sizes.square())
+
+    def solve(self, gradient: Float[Tensor, " d"], damping: float) -> Float[Tensor, " d"]:
+        """`(F + damping · tr(F)/d · I)⁻¹ g`."""
+        ridge = self._ridge(damping)
+        along = self.directions @ gradient
+        return (gradient - along * self.variances / (self.variances + ridge) @ self.directions) / ridge
+
+    def times(self, vector: Float[Tensor, " d"], damping: float) -> Float[Tensor, " d"]:
+        """`(F + damping · tr(F)/d · I) v`."""
+        return (self.directions @ vector) * self.variances @ self.directions + self._ridge(damping) * vector
+
+    def _ridge(self, damping: float) -> Float[Tensor, ""]:
+        return damping * self.variances.sum() / self.directions.shape[1]
