@@ -72,11 +72,11 @@ def response_gradients(
         cache: gradients that were computed before are taken from here, and new ones go here.
     """
     gradients = {site: torch.empty(len(spans), lm.width_at(site)) for site in sites}
-    kept = None if cache is None else Kept(cache, lm, "gradient", 1, [str(site) for site in sites], positions)
+    kept = None if cache is None else Kept(cache, lm, sites, "gradient", 1, positions)
     found = {} if kept is None else kept.find(spans)
     for i, known in found.items():
         for site in sites:
-            gradients[site][i] = known[str(site)]
+            gradients[site][i] = known[site]["gradient"]
     done = len(found)
     for batch in by_length({i: len(span.ids) for i, span in enumerate(spans) if i not in found}, batch_tokens):
         texts = [spans[i] for i in batch]
@@ -85,7 +85,7 @@ def response_gradients(
         for site, gradient in zip(sites, torch.autograd.grad(losses.sum(), list(offsets.values())), strict=True):
             gradients[site][batch] = gradient.float().cpu()
         if kept is not None:
-            kept.keep(texts, {str(site): gradients[site][batch] for site in sites})
+            kept.keep(texts, {site: {"gradient": gradients[site][batch]} for site in sites})
         done += len(batch)
         if on_progress is not None:
             on_progress(done)

@@ -189,7 +189,7 @@ def read_batches(
         raise SteerError("a cache cannot tell one pooling function from another; give pool by name")
     lm.attachment.declare(wanted)
     reader = _Reader(lm, wanted, _POOLS[pool] if not callable(pool) else pool, batch_tokens)
-    kept = None if cache is None else Kept(cache, lm, "reading", 1, [str(site) for site in wanted], str(pool))
+    kept = None if cache is None else Kept(cache, lm, wanted, "reading", 1, str(pool))
     return _stream(reader, kept, iter(spans), window)
 
 
@@ -205,49 +205,56 @@ def _stream(reader: _Reader, kept: Kept | None, spans: Iterator[Span], size: int
             found = kept.find(window)
             missing = [i for i in missing if i not in found]
             if found:
-                yield Batch([first + i for i in found], *_of_texts(list(found.values()), reader.sites))
+                pooled, norms = (
+                    {site: torch.stack([text[site][name] for text in found.values()]) for site in reader.sites}
+                    for name in ("pooled", "norm")
+                )
+                yield Batch([first + i for i in found], pooled, norms)
         for batch in reader.read([window[i] for i in missing]):
             indices = [missing[i] for i in batch.indices]
             if kept is not None:
-                norms = {f"{site}.norm": batch.norms[site] for site in reader.sites}
-                kept.keep([window[i] for i in indices], {str(s): batch.pooled[s] for s in reader.sites} | norms)
+                tensors = {site: {"pooled": batch.pooled[site], "norm": batch.norms[site]} for site in reader.sites}
+                kept.keep([window[i] for i in indices], tensors)
             yield Batch([first + i for i in indices], batch.pooled, batch.norms)
         first += len(window)
 
 
 class Kept:
-    """What was computed of single texts, in a cache, an entry per text: tensors by name.
+    """What was computed of single texts at single sites, in a cache: an entry of tensors by name for each.
 
     Args:
         cache: where.
         lm: the model that computed it.
+        sites: where it was computed.
         what: tells it from everything else that is computed of a text; JSON.
     """
 
-    def __init__(self, cache: Cache, lm: FrozenLM, *what: Any) -> None:
-        self._cache, self._what = cache, key_of(model_key(lm), *what)
+    def __init__(self, cache: Cache, lm: FrozenLM, sites: Sequence[Site], *what: Any) -> None:
+        self._cache, self._sites, self._what = cache, sites, key_of(model_key(lm), *what)
 
-    def find(self, spans: Sequence[Span]) -> dict[int, dict[str, Tensor]]:
-        """What is known, by index."""
-        keys = [self._key(span) for span in spans]
-        known = self._cache.get(keys)
-        return {i: load(known[key]) for i, key in enumerate(keys) if key in known}
+    def find(self, spans: Sequence[Span]) -> dict[int, dict[Site, dict[str, Tensor]]]:
+        """What is known, by index, of the texts of which everything is."""
+        keys = [self._keys(span) for span in spans]
+        known = self._cache.get([key for own in keys for key in own.values()])
+        return {
+            i: {site: load(known[key]) for site, key in own.items()}
+            for i, own in enumerate(keys)
+            if all(key in known for key in own.values())
+        }
 
-    def keep(self, spans: Sequence[Span], tensors: Mapping[str, Float[Tensor, "text ..."]]) -> None:
+    def keep(self, spans: Sequence[Span], tensors: Mapping[Site, Mapping[str, Float[Tensor, "text ..."]]]) -> None:
         """Adds what was computed of some texts, all of it or, if the process is killed meanwhile, none."""
-        rows = [{name: values[row].contiguous() for name, values in tensors.items()} for row in range(len(spans))]
-        self._cache.put({self._key(span): save(own) for span, own in zip(spans, rows, strict=True)})
+        self._cache.put(
+            {
+                key: save({name: values[row].contiguous() for name, values in tensors[site].items()})
+                for row, span in enumerate(spans)
+                for site, key in self._keys(span).items()
+            }
+        )
 
-    def _key(self, span: Span) -> str:
-        return key_of(self._what, list(span.ids[: span.end]), span.start)
-
-
-def _of_texts(
-    texts: Sequence[Mapping[str, Tensor]], sites: Sequence[Site]
-) -> tuple[dict[Site, Float[Tensor, "text d"]], dict[Site, Float[Tensor, " text"]]]:
-    """Pooled states and norms of texts that were found in a cache."""
-    pooled = {site: torch.stack([text[str(site)] for text in texts]) for site in sites}
-    return pooled, {site: torch.stack([text[f"{site}.norm"] for text in texts]) for site in sites}
+    def _keys(self, span: Span) -> dict[Site, str]:
+        text = list(span.ids[: span.end]), span.start
+        return {site: key_of(self._what, str(site), *text) for site in self._sites}
 
 
 class _Enough(Exception):
