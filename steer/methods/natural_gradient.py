@@ -71,7 +71,7 @@ class NaturalGradient(Method):
     step: float = 40.0
     prior: float = 240_000.0
     positions: Positions = "response"
-    max_tokens: int = 1024
+    max_tokens: int = 512
     seed: int = 0
     # What `train` has read of each history, so that `fit` need not read it again.
     _known: dict[tuple[FrozenLM, History], _Sums] = field(default_factory=dict, init=False, repr=False)
