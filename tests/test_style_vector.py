@@ -336,6 +336,18 @@ def test_records_come_and_go(llama: steer.FrozenLM, neutral: str, pool: Any) -> 
     assert_same(method.remove(llama, updated, [*records[5:], *records[6:]]), first)
 
 
+def test_a_text_that_was_written_twice_counts_twice_until_one_of_the_two_goes(llama: steer.FrozenLM) -> None:
+    said = steer.Record("user 0", "the sea", "say something", fields={"plain": "some water"})
+    history = steer.History("user 0", (said, *people(1, 2)[0].records, said))
+    method = steer.StyleVector(layer=1, neutral="field:plain")
+    state = method.fit(llama, history)
+    assert len(set(state.provenance.records)) == 4
+    assert_same(method.remove(llama, state, [said]), method.fit(llama, steer.History("user 0", history.records[1:])))
+    both = [history.records[0], history.records[3]]
+    rest = steer.History("user 0", history.records[1:3])
+    assert_same(method.remove(llama, state, both), method.fit(llama, rest))
+
+
 def test_an_update_reads_the_new_records_only(llama: steer.FrozenLM) -> None:
     (history,) = people(1, 12)
     method = steer.StyleVector(layer=1, neutral="field:plain")
