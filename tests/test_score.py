@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -244,8 +246,25 @@ def test_the_command(tmp_path, llama: steer.FrozenLM, histories: list[steer.Hist
     assert set(written["users"]["ann"]) == {"nll_base", "nll_own", "nll_other_mean", "n_tokens"}
     assert written["totals"]["others"] == 1
     assert "own state − none" in done.output
+    assert "others to compare with: 1 and not 8" in done.stderr
     refused = CliRunner().invoke(app, [*arguments, "--holdout", "3"])
     assert isinstance(refused.exception, steer.SteerError)
     assert "--holdout" in str(refused.exception)
     nobody = CliRunner().invoke(app, [*arguments, "--name", "voice"])
     assert isinstance(nobody.exception, steer.SteerError)
+    # Where the file cannot be written after all, it stays as it was, and the table was shown.
+    before = (tmp_path / "out.json").read_text()
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError("the disk is full")))
+    unlucky = CliRunner().invoke(app, [*arguments, "--holdout", "1"])
+    assert isinstance(unlucky.exception, steer.SteerError)
+    assert "own state − none" in unlucky.stdout
+    assert (tmp_path / "out.json").read_text() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"texts.jsonl", "people.bank", "out.json"}
+
+
+def test_a_file_that_cannot_be_written_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.cli.options.load", Mock(side_effect=AssertionError("the model was loaded")))
+    for wrong in (tmp_path / "nowhere" / "out.json", tmp_path):
+        refused = CliRunner().invoke(app, ["score", "texts.jsonl", "--bank", "people.bank", "--json", str(wrong)])
+        assert isinstance(refused.exception, steer.SteerError)
+        assert f"{wrong} cannot be written" in str(refused.exception)
