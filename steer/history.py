@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -15,7 +17,10 @@ from steer.errors import SteerError
 
 @dataclass(frozen=True)
 class Record:
-    """One piece of a user's data: what they wrote (`response`) and, where known, to what (`prompt`)."""
+    """One piece of a user's data: what they wrote (`response`) and, where known, to what (`prompt`).
+
+    Its `id` is a hash of its content where none is given.
+    """
 
     user_id: str
     response: str
@@ -26,16 +31,29 @@ class Record:
 
     def __post_init__(self) -> None:
         if not self.id:
-            content = json.dumps([self.user_id, self.prompt, self.response, self.time])
-            object.__setattr__(self, "id", hashlib.sha256(content.encode()).hexdigest()[:16])
+            object.__setattr__(self, "id", self._digest)
+
+    @property
+    def _digest(self) -> str:
+        content = json.dumps([self.user_id, self.prompt, self.response, self.time])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class History:
-    """All of one user's records, oldest first."""
+    """All of one user's records, oldest first, each with an id of its own.
+
+    Where a user wrote the same thing several times and no ids were given, those of the repeats end in -2, -3, ….
+
+    Raises:
+        SteerError: two records were given the same id.
+    """
 
     user_id: str
     records: tuple[Record, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "records", tuple(_told_apart(self.user_id, self.records)))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -72,7 +90,8 @@ def read_histories(path: str | Path, *, instruction: str | None = None) -> list[
             `"Write a commit message titled: {title}"`.
 
     Raises:
-        SteerError: the file is missing or empty, or a line is not such a record; the message names the line.
+        SteerError: the file is missing or empty, or two records of a user have the same id; or a line is not such a
+            record, and the message names the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -87,6 +106,21 @@ def read_histories(path: str | Path, *, instruction: str | None = None) -> list[
     if not records:
         raise SteerError(f"{path}: the file holds no records")
     return [(user, History(user, _in_time_order(user, own))) for user, own in records.items()]
+
+
+def _told_apart(user: str, records: Sequence[Record]) -> Iterator[Record]:
+    """Numbers the repeats among the records without an id of their own; the first keeps its hash."""
+    given, seen = {record.id for record in records}, set()
+    numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(2))
+    for record in records:
+        name = record.id
+        if name in seen:
+            if name != record._digest:
+                raise SteerError(f"two records of {user!r} have the id {name!r}; give each its own, or none at all")
+            # What was numbered before may stand among the records.
+            name = next(new for n in numbers[name] if (new := f"{name}-{n}") not in given)
+        seen.add(name)
+        yield record if name == record.id else replace(record, id=name)
 
 
 def _parse(line: bytes, where: str, instruction: str | None) -> Record:

@@ -6,24 +6,24 @@ The states are rows of one batch over the same text, so that a gain is a differe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from steer.branches import Branches
 from steer.errors import SteerError
 from steer.history import History
-from steer.inject import Edit, PrefixEdit, StreamEdit
+from steer.inject import Condition, Edit, PrefixEdit, StreamEdit
 from steer.likelihood import response_losses
 from steer.plan import Amount, Plan, edits_of
 from steer.read import Span, record_span
 from steer.state import Artifact, UserState
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+    from jaxtyping import Float, Int
 
     from steer.model import FrozenLM
 
@@ -49,7 +49,7 @@ def row_losses(
     if any(isinstance(edit, StreamEdit) for edit in edits):
         raise SteerError("states that contrast contexts cannot be scored yet; choose others by name")
     if any(isinstance(edit, PrefixEdit) for edit in edits):
-        return response_losses(lm, [span] * rows, edits)[0].cpu()
+        return _prefixed_losses(lm, span, edits, rows, batch_tokens)
     branches = Branches(lm, Plan.of(lm, edits, rows))
     branches.open()
     try:
@@ -59,6 +59,24 @@ def row_losses(
         raise
     branches.close()
     return losses
+
+
+def _prefixed_losses(
+    lm: FrozenLM, span: Span, edits: Sequence[Edit], rows: int, batch_tokens: int
+) -> Float[Tensor, " row"]:
+    """The same where a prefix makes another text of each row, so that they share nothing."""
+    longest = span.end + sum(int(edit.lengths.max()) for edit in edits if isinstance(edit, PrefixEdit))
+    parts = torch.arange(rows).split(max(batch_tokens // longest, 1))
+    losses = [response_losses(lm, [span] * len(part), [_only(part, edit) for edit in edits])[0].cpu() for part in parts]
+    return torch.cat(losses)
+
+
+def _only(rows: Int[Tensor, " row"], edit: Any) -> Any:
+    """An edit, or the condition of one, for some of its rows: each of its tensors has an entry a row."""
+    values = {part.name: getattr(edit, part.name) for part in fields(edit)}
+    own = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
+    own |= {name: _only(rows, value) for name, value in values.items() if isinstance(value, Condition)}
+    return replace(edit, **own)
 
 
 @dataclass(frozen=True)
@@ -150,9 +168,9 @@ def score(
 
     Args:
         lm: the model.
-        histories: the records to score, of users who have a state; none of them may have gone into a state.
+        histories: the records to score, of users who have a state; none of them may have gone into their own.
         states: one for each user.
-        others: how many other users' states to compare with, drawn for each user anew.
+        others: how many other users' states to compare with, drawn for each user anew; all if there are fewer.
         strength, dose: of the vectors, as for `FrozenLM.steered`.
         artifacts: what the states' methods share, by hash.
         seed: of the draw.
@@ -160,8 +178,8 @@ def score(
         on_progress: told the number of records done.
 
     Raises:
-        SteerError: a record was among those that a state was fitted on, a user has no state, or there is nothing to
-            score.
+        SteerError: a record was among those that its user's state was fitted on, a user has no state, or there is
+            nothing to score.
     """
     histories = [history for history in histories if len(history)]
     if not histories:
@@ -187,17 +205,20 @@ def score(
 
 
 def require_unseen(histories: Sequence[History], states: Mapping[str, UserState]) -> None:
-    fitted = {record: user for user, state in states.items() for record in state.provenance.records}
+    """Raises SteerError if a user has no state, or one that was fitted on a record to be scored.
+
+    A record is its user's: where another's state names the same id, that is a record of the other.
+    """
     for history in histories:
         if history.user_id not in states:
             raise SteerError(f"{history.user_id!r} has records to score and no state")
-        for record in history:
-            if record.id in fitted:
-                raise SteerError(
-                    f"record {record.id!r} of {history.user_id!r} is one that the state of {fitted[record.id]!r} was "
-                    "fitted on, so its score would say nothing; leave the last records out when fitting "
-                    "(steer extract --holdout N), and score these (steer score --holdout N)"
-                )
+        fitted = set(states[history.user_id].provenance.records)
+        if seen := [record.id for record in history if record.id in fitted]:
+            raise SteerError(
+                f"the state of {history.user_id!r} was fitted on record {seen[0]!r}, so its score would say nothing; "
+                "leave the last records out when fitting (steer extract --holdout N), and score these (steer score "
+                "--holdout N)"
+            )
 
 
 def _interval(differences: np.ndarray, rng: np.random.Generator) -> dict[str, float]:

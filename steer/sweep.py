@@ -14,7 +14,7 @@ from steer.plan import edits_of
 from steer.read import record_span
 from steer.score import require_unseen, row_losses
 from steer.sites import Site
-from steer.state import UserState
+from steer.state import Artifact, UserState
 from steer.view.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def sweep(
     strengths: Sequence[float] | None = None,
     doses: Sequence[float] | None = None,
     others: int = 0,
+    artifacts: Mapping[str, Artifact] | None = None,
     seed: int = 0,
     max_tokens: int = 1024,
     on_progress: Callable[[int], None] | None = None,
@@ -40,17 +41,18 @@ def sweep(
 
     Args:
         lm: the model.
-        histories: the records to score, of users who have a state; none of them may have gone into a state.
+        histories: the records to score, of users who have a state; none of them may have gone into their own.
         states: one for each user, with vectors at the sites to compare, such as `StyleVector(layer=[4, 8, 12])` fits.
         strengths, doses: the amounts of each vector; one of the two.
-        others: how many other users' states to compare with, drawn for each user anew.
+        others: how many other users' states to compare with, drawn for each user anew; all if there are fewer.
+        artifacts: what the states' methods share, by hash.
         seed: of the draw.
         max_tokens: longer records are cut.
         on_progress: told the number of records done.
 
     Raises:
-        SteerError: there is nothing to score or no amount to score at, a record was among those that a state was fitted
-            on, or the states are of several kinds.
+        SteerError: there is nothing to score or no amount to score at, a record was among those that its user's state
+            was fitted on, or the states are of several kinds.
     """
     histories = [history for history in histories if len(history)]
     if not histories:
@@ -60,10 +62,8 @@ def sweep(
     amounts = list(strengths if strengths is not None else doses or [])
     if not amounts:
         raise SteerError("there is no strength to compare; give at least one")
-    if len(states) <= others:
-        raise SteerError(f"{others} others to compare with, and {len(states)} users in all")
     require_unseen(histories, states)
-    sites = _sites(states)
+    sites, others = _sites(states), min(others, len(states) - 1)
     rng, done = np.random.default_rng(seed), 0
     shape = (len(histories), len(sites), len(amounts))
     own, other, base, tokens = torch.zeros(shape), torch.zeros(shape), torch.zeros(len(histories)), []
@@ -72,7 +72,8 @@ def sweep(
         compared = [history.user_id, *(strangers[j] for j in rng.permutation(len(strangers))[:others])]
         rows = [{}, *({"state": states[user]} for user in compared for _ in amounts)]
         scale = [0.0, *amounts * len(compared)]
-        edits = edits_of(lm, rows, strength=scale if doses is None else None, dose=None if doses is None else scale)
+        strength, dose = (scale, None) if doses is None else (None, scale)
+        edits = edits_of(lm, rows, artifacts=artifacts, strength=strength, dose=dose)
         sums, count = torch.zeros(len(sites), len(rows), dtype=torch.float64), 0
         for record in history:
             span = record_span(lm, record, max_tokens=max_tokens)

@@ -123,6 +123,30 @@ def test_an_id_is_a_hash_of_the_content_where_none_is_given() -> None:
     assert Record("a", "text", id="mine").id == "mine"
 
 
+def test_repeats_without_an_id_are_numbered(tmp_path: Path) -> None:
+    same, other = {"user_id": "a", "text": "ok", "prompt": "p"}, {"user_id": "a", "text": "no"}
+    [(_, history)] = read_histories(written(tmp_path, same, other, same, {**same, "user_id": "b"}, same))[:1]
+    first = Record("a", "ok", "p").id
+    assert [record.id for record in history] == [first, Record("a", "no").id, f"{first}-2", f"{first}-3"]
+    assert history.records[3].fields == same
+    # Whatever part of it is taken, and whatever follows, a record keeps its id.
+    assert [record.id for record in history.split(1)[1]] == [f"{first}-3"]
+    longer = History("a", (*history.records[2:], *[Record("a", "ok", "p")] * 3))
+    assert [record.id for record in longer] == [f"{first}-2", f"{first}-3", first, f"{first}-4", f"{first}-5"]
+    assert History("a", longer.records) == longer
+
+
+def test_an_id_that_was_given_twice_is_refused(tmp_path: Path) -> None:
+    twice = [{"user_id": "a", "text": text, "id": 7} for text in ("x", "y")]
+    with pytest.raises(SteerError, match="two records of 'a' have the id '7'"):
+        read_histories(written(tmp_path, *twice))
+    # Another user's records have ids of their own.
+    assert len(read_histories(written(tmp_path, twice[0], {**twice[1], "user_id": "b"}))) == 2
+    numbered = History("a", (Record("a", "x"),) * 2).records[1]
+    with pytest.raises(SteerError, match="-2"):
+        History("a", (numbered, numbered))
+
+
 @pytest.mark.parametrize(
     ("holdout", "limit", "known", "held"),
     [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -104,6 +106,34 @@ def test_a_prefix_is_scored_as_well(llama: steer.FrozenLM) -> None:
     assert (losses[1:] - losses[0]).abs().min() > 0.01
 
 
+def test_prefixes_are_scored_in_passes_of_so_many_tokens(llama: steer.FrozenLM) -> None:
+    """With every other kind of edit beside them, each for its own rows."""
+    generator, span = torch.Generator().manual_seed(3), span_of(llama)
+    prefixes = [None, *(torch.randn(length, llama.width, generator=generator) for length in (2, 1, 3, 2))]
+    site, drawn = steer.Site("resid_post", 1), vectors(llama, steer.Site("resid_post", 1))
+    condition = steer.Condition(steer.Site("resid_post", 0), drawn + 1, torch.linspace(-0.1, 0.1, ROWS))
+    marks = torch.rand(ROWS, len(span.ids), generator=generator) > 0.5
+    memories = [None, *torch.randn(ROWS - 1, 3, 20, generator=generator)]
+    edits = [
+        steer.PrefixEdit.from_rows(prefixes, llama.width),
+        steer.ResidualEdit(site, drawn, condition=condition),
+        steer.ResidualEdit(site, drawn.roll(1, 0), positions=marks),
+        steer.ProjectionEdit(site, drawn, strengths=torch.linspace(0, 1, ROWS)),
+        steer.MemoryEdit.from_rows(steer.Site("resid_mid", 2), cross_attention(), memories),
+    ]
+    sizes: list[int] = []
+    count = llama.attachment.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    longest = len(span.ids) + 3
+    at_once, by_two, alone = (row_losses(llama, span, edits, ROWS, batch_tokens=n * longest) for n in (ROWS, 2, 0))
+    count.remove()
+    assert sizes == [ROWS, 2, 2, 1, *[1] * ROWS]
+    assert_close(by_two, at_once)
+    assert_close(alone, at_once)
+    assert len(set(at_once.tolist())) == ROWS
+
+
 def test_lower_layers_and_prompts_run_once(llama: steer.FrozenLM) -> None:
     seen: list[list[tuple[int, int]]] = [[] for _ in range(llama.n_layers)]
 
@@ -146,14 +176,23 @@ def test_records_that_a_state_was_fitted_on_are_refused(llama: steer.FrozenLM, h
     states = fitted(llama, histories)
     with pytest.raises(steer.SteerError, match="fitted on"):
         score(llama, histories, states)
-    # Also when the state is another user's.
-    copied = replace(histories[0].records[0], user_id="bob")
-    with pytest.raises(steer.SteerError, match="state of 'ann'"):
-        score(llama, [steer.History("bob", (copied,))], states)
     with pytest.raises(steer.SteerError, match="no state"):
         score(llama, histories, {})
     with pytest.raises(steer.SteerError, match="no records"):
         score(llama, [], states)
+
+
+def test_users_may_number_their_records_alike(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    """Also where one user's record that is scored has the number of another's that was fitted on."""
+    ann, bob = (
+        steer.History(one.user_id, tuple(replace(record, id=str(i)) for i, record in enumerate(one)))
+        for one in histories
+    )
+    states = fitted(llama, [ann, steer.History("bob", bob.records[::-1])])
+    scores = score(llama, [steer.History("ann", ann.records[2:]), bob.first(1)], states)
+    assert [one.user for one in scores.users] == ["ann", "bob"]
+    with pytest.raises(steer.SteerError, match="the state of 'bob' was fitted on record '2'"):
+        score(llama, [bob], states)
 
 
 def test_contexts_cannot_be_scored(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
@@ -207,8 +246,25 @@ def test_the_command(tmp_path, llama: steer.FrozenLM, histories: list[steer.Hist
     assert set(written["users"]["ann"]) == {"nll_base", "nll_own", "nll_other_mean", "n_tokens"}
     assert written["totals"]["others"] == 1
     assert "own state − none" in done.output
+    assert "others to compare with: 1 and not 8" in done.stderr
     refused = CliRunner().invoke(app, [*arguments, "--holdout", "3"])
     assert isinstance(refused.exception, steer.SteerError)
     assert "--holdout" in str(refused.exception)
     nobody = CliRunner().invoke(app, [*arguments, "--name", "voice"])
     assert isinstance(nobody.exception, steer.SteerError)
+    # Where the file cannot be written after all, it stays as it was, and the table was shown.
+    before = (tmp_path / "out.json").read_text()
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError("the disk is full")))
+    unlucky = CliRunner().invoke(app, [*arguments, "--holdout", "1"])
+    assert isinstance(unlucky.exception, steer.SteerError)
+    assert "own state − none" in unlucky.stdout
+    assert (tmp_path / "out.json").read_text() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"texts.jsonl", "people.bank", "out.json"}
+
+
+def test_a_file_that_cannot_be_written_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.cli.options.load", Mock(side_effect=AssertionError("the model was loaded")))
+    for wrong in (tmp_path / "nowhere" / "out.json", tmp_path):
+        refused = CliRunner().invoke(app, ["score", "texts.jsonl", "--bank", "people.bank", "--json", str(wrong)])
+        assert isinstance(refused.exception, steer.SteerError)
+        assert f"{wrong} cannot be written" in str(refused.exception)

@@ -138,6 +138,16 @@ def test_extractors_against_the_population(llama: steer.FrozenLM) -> None:
     np.testing.assert_allclose(found / np.linalg.norm(found), normal / np.linalg.norm(normal), atol=1e-4)
 
 
+def test_a_population_that_was_pooled_otherwise_is_refused(llama: steer.FrozenLM) -> None:
+    histories = people(2, 2)
+    mean = steer.StyleVector(layer=1, neutral="population").train(llama, histories)
+    assert mean is not None
+    last = steer.StyleVector(layer=1, neutral="population", pool="last")
+    last.use(llama, mean)
+    with pytest.raises(steer.SteerError, match="read with pool='mean', and this is pool='last'"):
+        last.fit(llama, histories[0])
+
+
 def test_the_sample_of_a_population_is_bounded_and_fair(llama: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steer.methods.style_vector._SAMPLE", 40)
     histories = [*people(6, 4), steer.History("loud", people(1, 60)[0].records)]
@@ -208,12 +218,15 @@ def test_the_papers_recipe() -> None:
         SITE,
         steer.Site("z", 0),
     )
+    assert replace(steer.StyleVector(layer=1), layer=2, sites=()).sites == (steer.Site("resid_post", 2),)
 
 
 def test_style_vectors_that_make_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({}, "say where to read"),
         ({"layer": 1, "extractor": "median"}, "'median' is not one of mean, logistic, pca"),
+        ({"layer": 1, "pool": "max"}, "'max' is not one of last, mean"),
+        ({"layer": 1, "positions": "reponse"}, "'reponse' is not one of response, generated, all, prompt"),
         ({"sites": ["nowhere[1]"]}, "not a site"),
     ]
     for settings, message in cases:
@@ -334,6 +347,18 @@ def test_records_come_and_go(llama: steer.FrozenLM, neutral: str, pool: Any) -> 
     assert_same(one_by_one, method.fit(llama, steer.History("user 0", records[4:])))
     assert_same(method.update(llama, first, []), first)
     assert_same(method.remove(llama, updated, [*records[5:], *records[6:]]), first)
+
+
+def test_a_text_that_was_written_twice_counts_twice_until_one_of_the_two_goes(llama: steer.FrozenLM) -> None:
+    said = steer.Record("user 0", "the sea", "say something", fields={"plain": "some water"})
+    history = steer.History("user 0", (said, *people(1, 2)[0].records, said))
+    method = steer.StyleVector(layer=1, neutral="field:plain")
+    state = method.fit(llama, history)
+    assert len(set(state.provenance.records)) == 4
+    assert_same(method.remove(llama, state, [said]), method.fit(llama, steer.History("user 0", history.records[1:])))
+    both = [history.records[0], history.records[3]]
+    rest = steer.History("user 0", history.records[1:3])
+    assert_same(method.remove(llama, state, both), method.fit(llama, rest))
 
 
 def test_an_update_reads_the_new_records_only(llama: steer.FrozenLM) -> None:

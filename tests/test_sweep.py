@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import steer
 from steer.cli.app import app
+from steer.method import make_method
 from steer.score import score
 from steer.sweep import sweep
 from steer.view import Sweep
@@ -114,36 +116,103 @@ def test_what_is_refused(llama: steer.FrozenLM, histories: list[steer.History]) 
         records, fits, *rest = arguments
         with pytest.raises(steer.SteerError, match=message):
             sweep(llama, records, fits, strengths=rest[0] if rest else None)  # type: ignore[arg-type]
-    with pytest.raises(steer.SteerError, match="3 others to compare with, and 3 users"):
-        sweep(llama, later, states, strengths=[1.0], others=3)
+
+
+def test_fewer_others_than_asked_for(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    known, later = split(histories)
+    states = fitted(llama, known)
+    found = sweep(llama, later, states, strengths=[1.0], others=8)
+    assert found.to_json() == sweep(llama, later, states, strengths=[1.0], others=2).to_json()
+    assert found.others == 2
+    alone = sweep(llama, later[:1], {"ann": states["ann"]}, strengths=[1.0], others=8)
+    assert (alone.other, alone.others) == (None, 0)
+
+
+@pytest.fixture
+def file(tmp_path: Path, histories: list[steer.History]) -> Path:
+    records = [record for history in histories for record in history]
+    lines = ({"user_id": r.user_id, "prompt": r.prompt, "text": r.response, "id": r.id} for r in records)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "texts.jsonl"
 
 
 def test_the_command(
-    tmp_path: Path, llama: steer.FrozenLM, histories: list[steer.History], monkeypatch: pytest.MonkeyPatch
+    file: Path, llama: steer.FrozenLM, histories: list[steer.History], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "texts.jsonl"
-    records = [record for history in histories for record in history]
-    lines = ({"user_id": r.user_id, "prompt": r.prompt, "text": r.response, "id": r.id} for r in records)
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr("steer.cli.options.load", lambda *_: llama)
-    paths = {kind: tmp_path / f"sweep.{kind}" for kind in ("json", "html", "png")}
+    paths = {kind: file.with_name(f"sweep.{kind}") for kind in ("json", "html", "png")}
     outputs = [str(part) for kind, path in paths.items() for part in (f"--{kind}", path)]
     arguments = ["sweep", str(file), "--layers", "0,2", "--holdout", "2"]
-    grid = ["--strengths", "0.5,2", "--others", "1", "--limit", "1"]
+    grid = ["--strengths", "0.5,2", "--others", "3", "--limit", "1"]
     done = CliRunner().invoke(app, [*arguments, *grid, *outputs])
     assert done.exit_code == 0, done.output
     assert "own − others'" in done.stdout
+    assert "others to compare with: 1 and not 3" in done.stderr
     known, later = [one.split(2)[0] for one in histories], [one.split(2)[1].first(1) for one in histories]
     expected = sweep(llama, later, fitted(llama, known), strengths=[0.5, 2], others=1)
     assert json.loads(paths["json"].read_text(encoding="utf-8")) == json.loads(json.dumps(expected.to_json()))
     assert paths["html"].read_text(encoding="utf-8") == expected.html()
     assert paths["png"].exists()
-    for wrong, message in (
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("natural-gradient", {"damping": 2}), ("trained-vector", {"steps": 2}), ("perfit", {"learning_rate": 0.05})],
+)
+def test_any_method_at_one_layer_at_a_time(
+    file: Path,
+    llama: steer.FrozenLM,
+    histories: list[steer.History],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    settings: dict[str, Any],
+) -> None:
+    """Each row of the table is what fitting at this layer alone and scoring give."""
+    monkeypatch.setattr("steer.cli.options.load", lambda *_: llama)
+    written = file.with_suffix(".json")
+    arguments = ["sweep", str(file), "--holdout", "1", "--layers", "0,2", "--strengths", "0.5,2", "--others", "1"]
+    arguments += ["--method", name, "--json", str(written)]
+    arguments += [f"--set={key}={value}" for key, value in settings.items()]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    found = json.loads(written.read_text(encoding="utf-8"))
+    assert found["sites"] == ["resid_post[0]", "resid_post[2]"]
+    known, later = [one.split(1)[0] for one in histories], [one.split(1)[1] for one in histories]
+    for i, layer in enumerate(LAYERS):
+        method = make_method(name.replace("-", "_"), layer=layer, **settings)
+        artifact = method.train(llama, known)
+        states = dict(zip(("ann", "bob"), method.fit_many(llama, known), strict=True))
+        shared = {} if artifact is None else {artifact.hash: artifact}
+        for j, strength in enumerate((0.5, 2)):
+            for one in score(llama, later, states, strength=strength, artifacts=shared).users:
+                user, (other,) = found["users"][one.user], one.others.values()
+                assert abs(one.own - one.base) > 1e-3
+                assert user["own_minus_base"][i][j] == pytest.approx(one.own - one.base, abs=1e-5)
+                assert user["other_minus_base"][i][j] == pytest.approx(other - one.base, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
         ([], "either --strengths or --doses"),
         (["--strengths", "1", "--doses", "1"], "either --strengths or --doses"),
         (["--strengths", "1;2"], "not a list of numbers"),
+        (["--doses", "0.1,inf"], "--doses must be finite"),
         (["--strengths", "1", "--holdout", "9"], "nobody"),
-    ):
-        refused = CliRunner().invoke(app, [*arguments, *wrong])
-        assert isinstance(refused.exception, steer.SteerError)
-        assert message in str(refused.exception)
+        (["--strengths", "1", "--pool", "max"], "pool='max' is not one of"),
+        (["--strengths", "1", "--set", "layer=1"], "--layers says"),
+        (["--strengths", "1", "--method", "prefix-tuning"], "prefix_tuning: .*'layer'"),
+        (["--strengths", "1", "--method", "natural-gradient", "--pool", "mean"], "--pool is for --method style-vector"),
+        (["--strengths", "1", "--png", "nowhere/sweep.png"], "nowhere/sweep.png cannot be written"),
+    ],
+)
+def test_a_wrong_call_costs_nothing(
+    file: Path, monkeypatch: pytest.MonkeyPatch, wrong: list[str], message: str
+) -> None:
+    def load(*_: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("steer.cli.options.load", load)
+    refused = CliRunner().invoke(app, ["sweep", str(file), "--layers", "0,2", "--holdout", "2", *wrong])
+    assert isinstance(refused.exception, steer.SteerError)
+    assert re.search(message, str(refused.exception))

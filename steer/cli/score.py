@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -58,6 +59,7 @@ def score(
     from steer import Bank, read_histories
     from steer.score import score as score_states
 
+    require_writable(json_file)
     store = Bank(bank, create=False)
     name = _only_name(store) if name is None else name
     held_out = {
@@ -68,6 +70,7 @@ def score(
         raise SteerError(f"none of the {len(held_out)} users of {history} has a state named {name!r} in {bank}")
     states = dict(zip(users, store.get_many(users, name), strict=True))
     shared = {state.provenance.artifact for state in states.values() if state is not None} - {None}
+    tell_if_few(others, len(users))
     lm = options.load(model, device, dtype)
     with progress_bar() as progress:
         task = progress.add_task("records", total=sum(len(held_out[user]) for user in users))
@@ -82,11 +85,42 @@ def score(
             seed=seed,
             on_progress=lambda done: progress.update(task, completed=done),
         )
-    if json_file is not None:
-        json_file.write_text(json.dumps(scores.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     options.out.print(_table(scores))
     if strangers := len(held_out) - len(users):
         options.err.print(f"{strangers} users of {history} have no state named {name!r} and were left out")
+    if json_file is not None:
+        write_json(json_file, scores.to_json())
+
+
+def require_writable(*files: Path | None) -> None:
+    """Raises SteerError where a result could not be written, before a long run and not after it."""
+    for file in files:
+        if file is not None and (not os.access(file.parent, os.W_OK) or (file.exists() and not file.is_file())):
+            raise SteerError(f"{file} cannot be written: give a file, in a folder that exists and may be written to")
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Writes all of it, or leaves the file as it was, and says where.
+
+    Raises:
+        SteerError: it cannot be written.
+    """
+    target = file.resolve()
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(draft, target)
+    except OSError as error:
+        raise SteerError(f"{file} cannot be written: {error}") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    options.err.print(f"wrote {file}", soft_wrap=True)
+
+
+def tell_if_few(others: int, users: int) -> None:
+    """Says so where there are fewer others to compare with than were asked for."""
+    if users <= others:
+        options.err.print(f"others to compare with: {users - 1} and not {others}, as there are no more")
 
 
 def _only_name(store: Bank) -> str:

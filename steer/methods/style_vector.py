@@ -69,7 +69,8 @@ class StyleVector(Method):
         extractor: "mean" of the differences, "logistic" regression between the sides (against the population: between
             the user's texts and a sample of all other users'), or "pca", the first axis of the differences, towards
             their mean.
-        sites: further places to read and to add, such as "attn_out[3]"; once made, a method has all of its places here.
+        sites: further places to read and to add, such as "attn_out[3]"; once made, a method has all of its places here,
+            so `replace(method, layer=12, sites=())` moves it.
         rescale: whether "logistic" and "pca" get the norm of the mean difference, so that one strength means the same
             for all three; otherwise they are unit vectors, as in the paper.
 
@@ -92,8 +93,9 @@ class StyleVector(Method):
 
     def __post_init__(self) -> None:
         Neutral(self.neutral, self.neutral_tokens)
-        if self.extractor not in get_args(Extractor):
-            raise SteerError(f"extractor={self.extractor!r} is not one of {', '.join(get_args(Extractor))}")
+        for name, choices in (("pool", Pool), ("positions", Positions), ("extractor", Extractor)):
+            if (chosen := getattr(self, name)) not in get_args(choices):
+                raise SteerError(f"{name}={chosen!r} is not one of {', '.join(get_args(choices))}")
         if self.extractor == "logistic" and find_spec("sklearn") is None:
             raise SteerError("extractor='logistic' needs scikit-learn: pip install 'steer-toolkit[extract]'")
         layers = [self.layer] if isinstance(self.layer, int) else self.layer
@@ -401,6 +403,8 @@ class StyleVector(Method):
     def _require_population(self, lm: FrozenLM) -> None:
         if self.artifact is not None:
             self._require_model(lm, self.artifact)
+            if (pool := self.artifact.settings["pool"]) != self.pool:
+                raise SteerError(f"the population was read with pool={pool!r}, and this is pool={self.pool!r}")
         for part in ("", ".sample") if self.extractor == "logistic" else ("",):
             self._shared(part)
 
