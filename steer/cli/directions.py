@@ -81,27 +81,6 @@ def population_mean(store: Bank, name: str, site: str | None) -> Tensor:
     return total / len(users)
 
 
-def write(path: Path | None, content: str | Any) -> None:
-    """Writes a page or a figure, if it is wanted, and says where.
-
-    Raises:
-        SteerError: the file cannot be written, or its ending is that of no picture.
-    """
-    from steer.cli import options
-    from steer.view.figures import DPI
-
-    if path is None:
-        return
-    try:
-        if isinstance(content, str):
-            path.write_text(content, encoding="utf-8")
-        else:
-            content.savefig(path, dpi=DPI)
-    except (OSError, ValueError) as error:
-        raise SteerError(f"{path} cannot be written: {error}") from None
-    options.err.print(f"wrote {path}", soft_wrap=True)
-
-
 def _vectors_in(path: Path) -> Iterable[tuple[str, Tensor]]:
     """All vectors of a file by their names; the only one by the file's."""
     from safetensors import SafetensorError

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steer.cli import directions, options
+from steer.cli import directions, options, results
 from steer.errors import SteerError
 
 
@@ -47,9 +47,9 @@ def lens(
         print(json.dumps({"model": model, "directions": _plain(found)}, ensure_ascii=False))
     else:
         options.out.print(found)
-    directions.write(html, found.html())
+    results.write(html, found.html())
     if png is not None:
-        directions.write(png, found.figure())
+        results.write(png, found.figure())
 
 
 def _plain(found: Any) -> dict[str, Any]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from steer.cli import options
+from steer.cli import options, results
 from steer.cli.extract import progress_bar
 from steer.errors import SteerError
 
@@ -59,7 +57,7 @@ def score(
     from steer import Bank, read_histories
     from steer.score import score as score_states
 
-    require_writable(json_file)
+    results.require_writable(json_file)
     store = Bank(bank, create=False)
     name = _only_name(store) if name is None else name
     held_out = {
@@ -88,33 +86,7 @@ def score(
     options.out.print(_table(scores))
     if strangers := len(held_out) - len(users):
         options.err.print(f"{strangers} users of {history} have no state named {name!r} and were left out")
-    if json_file is not None:
-        write_json(json_file, scores.to_json())
-
-
-def require_writable(*files: Path | None) -> None:
-    """Raises SteerError where a result could not be written, before a long run and not after it."""
-    for file in files:
-        if file is not None and (not os.access(file.parent, os.W_OK) or (file.exists() and not file.is_file())):
-            raise SteerError(f"{file} cannot be written: give a file, in a folder that exists and may be written to")
-
-
-def write_json(file: Path, data: Any) -> None:
-    """Writes all of it, or leaves the file as it was, and says where.
-
-    Raises:
-        SteerError: it cannot be written.
-    """
-    target = file.resolve()
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, target)
-    except OSError as error:
-        raise SteerError(f"{file} cannot be written: {error}") from None
-    finally:
-        draft.unlink(missing_ok=True)
-    options.err.print(f"wrote {file}", soft_wrap=True)
+    results.write(json_file, scores.to_json())
 
 
 def tell_if_few(others: int, users: int) -> None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress
 
-from steer.cli import directions, options
+from steer.cli import directions, options, results
 from steer.cli.extract import progress_bar
-from steer.cli.score import require_writable, tell_if_few, write_json
+from steer.cli.score import tell_if_few
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def sweep(
         raise SteerError(f"--{unit} must be finite, got {amounts}")
     at = options.parse_layers(layers)
     methods = _methods(method, at, options.parse_settings(setting or []), {"neutral": neutral, "pool": pool})
-    require_writable(json_file, html, png)
+    results.require_writable(json_file, html, png)
     known: list[History] = []
     later: list[History] = []
     for _, whole in read_histories(history, instruction=instruction):
@@ -108,11 +108,10 @@ def sweep(
         ]
     found = _joined(parts)
     options.out.print(found)
-    if json_file is not None:
-        write_json(json_file, found.to_json())
-    directions.write(html, found.html())
+    results.write(json_file, found.to_json())
+    results.write(html, found.html())
     if png is not None:
-        directions.write(png, found.figure())
+        results.write(png, found.figure())
 
 
 def _methods(

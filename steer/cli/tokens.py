@@ -7,7 +7,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from steer.cli import directions, options
+from steer.cli import directions, options, results
 from steer.errors import SteerError
 
 
@@ -57,6 +57,6 @@ def tokens(
         print(json.dumps(result, ensure_ascii=False))
     else:
         options.out.print(found.lines(shown))
-    directions.write(html, found.html(shown))
+    results.write(html, found.html(shown))
     if png is not None:
-        directions.write(png, found.figure(shown))
+        results.write(png, found.figure(shown))

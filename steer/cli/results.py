@@ -1,0 +1,47 @@
+"""Files that commands write results to: numbers, pages and pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from steer.cli import options
+from steer.errors import SteerError
+
+
+def require_writable(*files: Path | None) -> None:
+    """Raises SteerError where a result could not be written, before a long run and not after it."""
+    for file in files:
+        if file is not None and (not os.access(file.parent, os.W_OK) or (file.exists() and not file.is_file())):
+            raise SteerError(f"{file} cannot be written: give a file, in a folder that exists and may be written to")
+
+
+def write(file: Path | None, content: str | Mapping[str, Any] | Any) -> None:
+    """Writes a page, numbers as JSON, or a figure, if it is wanted, and says where: all of it, or nothing.
+
+    Raises:
+        SteerError: the file cannot be written, or its ending is that of no picture.
+    """
+    from steer.view.figures import DPI
+
+    if file is None:
+        return
+    target = file.resolve()
+    # With the ending of the file, which tells a figure's format.
+    draft = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        if isinstance(content, Mapping):
+            content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        if isinstance(content, str):
+            draft.write_text(content, encoding="utf-8")
+        else:
+            content.savefig(draft, dpi=DPI)
+        os.replace(draft, target)
+    except (OSError, ValueError) as error:
+        raise SteerError(f"{file} cannot be written: {error}") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    options.err.print(f"wrote {file}", soft_wrap=True)
