@@ -157,7 +157,7 @@ def test_the_command(
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("natural-gradient", {"step": 2.0}), ("trained-vector", {"steps": 2}), ("perfit", {"learning_rate": 0.05})],
+    [("natural-gradient", {"prior": 1000.0}), ("trained-vector", {"steps": 2}), ("perfit", {"learning_rate": 0.05})],
 )
 def test_any_method_at_one_layer_at_a_time(
     file: Path,
