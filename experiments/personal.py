@@ -82,15 +82,12 @@ ARMS = {
     "gradient, layer 23": _natural(layer=23),
     "gradient, layers 8, 23": _natural(layer=(8, 23)),
     "gradient, layers 4, 10, 16, 21, 26": _natural(layer=(4, 10, 16, 21, 26)),
-    "gradient, prior 120,000, step 20": _natural(prior=120_000, step=20),
-    "gradient, prior 120,000, step 28": _natural(prior=120_000, step=28),
-    "gradient, prior 160,000, step 32": _natural(prior=160_000, step=32),
-    "gradient, prior 240,000, step 28": _natural(prior=240_000, step=28),
-    "gradient, prior 240,000, step 40": _natural(prior=240_000, step=40),
-    "gradient, prior 480,000, step 56": _natural(prior=480_000, step=56),
-    "gradient, prior 480,000, step 80": _natural(prior=480_000, step=80),
+    "gradient, step 24": _natural(step=24),
+    "gradient, step 40": _natural(step=40),
+    "gradient, prior 80,000": _natural(prior=80_000),
+    "gradient, prior 320,000": _natural(prior=320_000),
     # With so long a prior F plays no part: the plain gradient.
-    "gradient, plain": _natural(prior=24_000_000, step=4_000),
+    "gradient, plain": _natural(prior=16_000_000, step=2_800),
 }
 
 

@@ -68,8 +68,8 @@ class NaturalGradient(Method):
     name: ClassVar[str] = "natural_gradient"
 
     layer: int | Sequence[int] | None = None
-    step: float = 40.0
-    prior: float = 240_000.0
+    step: float = 28.0
+    prior: float = 160_000.0
     positions: Positions = "response"
     max_tokens: int = 512
     seed: int = 0
