@@ -214,6 +214,16 @@ def test_forward_passes_may_be_of_any_size(llama: steer.FrozenLM) -> None:
         assert_close(parts, whole, 1e-3)
 
 
+def test_forward_passes_hold_texts_up_to_their_spans_ends(llama: steer.FrozenLM) -> None:
+    sizes: list[tuple[int, ...]] = []
+    handle = llama.attachment.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    train(llama, [[Span([*range(5, 45)], 4, 10)] * 2], steps=1, batch_tokens=20)
+    handle.remove()
+    assert sizes == [(2, 10)]
+
+
 def test_the_best_step_on_held_out_texts_is_kept(llama: steer.FrozenLM) -> None:
     """Seen from outside: of the steps at which texts are looked at, none gives the held-out ones a lower loss."""
     generator = torch.Generator().manual_seed(0)

@@ -170,7 +170,7 @@ class _Loss:
             tokens[user] += span.end - max(span.start, 1)
         # NaN for users without any text.
         means = torch.zeros(self.users) / (tokens > 0)
-        for part in by_length({i: len(span.ids) for i, (_, span) in enumerate(texts)}, self.batch_tokens):
+        for part in by_length({i: span.end for i, (_, span) in enumerate(texts)}, self.batch_tokens):
             rows = torch.tensor([texts[i][0] for i in part])
             sums, _ = response_losses(self.lm, [texts[i][1] for i in part], self.edits(rows))
             losses = sums / tokens[rows].to(sums)
