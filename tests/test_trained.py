@@ -468,6 +468,30 @@ def test_trained_states_survive_a_bank(
     assert together == direct
 
 
+@pytest.mark.parametrize(
+    "training",
+    [
+        method(shared_steps=2, steps=2),
+        perfit(shared_epochs=1, epochs=1),
+        steer.PrefixTuning(steps=2),
+        steer.UserLLM(layer=LAYER, read_layer=0, heads=2, steps=2),
+    ],
+    ids=lambda m: m.name,
+)
+def test_training_does_not_depend_on_the_grad_mode_around_it(
+    llama: steer.FrozenLM, histories: list[steer.History], training: steer.Method
+) -> None:
+    def learned() -> list[steer.Artifact | steer.UserState]:
+        artifact = training.train(llama, histories)
+        return [*([] if artifact is None else [artifact]), *training.fit_many(llama, histories)]
+
+    with torch.no_grad():
+        without = learned()
+    for one, other in zip(without, learned(), strict=True):
+        for key, tensor in one.tensors.items():
+            assert torch.equal(tensor, other.tensors[key])
+
+
 @pytest.mark.parametrize("name", ["prefix_tuning", "style_vector"])
 def test_fit_many_is_fit_for_each(llama: steer.FrozenLM, histories: list[steer.History], name: str) -> None:
     settings: dict[str, dict[str, Any]] = {

@@ -60,6 +60,7 @@ class UserLLM(Method):
         layers = [self.layer] if isinstance(self.layer, int) else self.layer
         return [Site("resid_mid", layer) for layer in layers]
 
+    @torch.enable_grad()
     def train(
         self,
         lm: FrozenLM,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _EVERY, _PATIENCE = 5, 20
 
 
+@torch.enable_grad()
 def train_users(
     lm: FrozenLM,
     texts: Sequence[Sequence[Span]],
