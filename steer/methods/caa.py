@@ -110,12 +110,12 @@ class CAA(Method):
         return vector_edits(states, like)
 
     def _span(self, lm: FrozenLM, prompt: str, answer: str) -> Span:
-        """The text up to the token to read at; what follows would not change it."""
+        """The answer after its prompt, up to the token to read at; what follows would not change it."""
         head, tail = _tokens(lm, prompt, answer)
         if not -len(tail) <= self.token < len(tail):
             raise SteerError(f"token={self.token}: the answer {answer!r} has {len(tail)} tokens")
         end = len(head) + self.token % len(tail) + 1
-        return Span([*head, *tail][:end], 0, end)
+        return Span([*head, *tail][:end], len(head), end)
 
 
 def as_question(pair: Pair, number: int = 0) -> Pair:
