@@ -492,6 +492,48 @@ def test_training_does_not_depend_on_the_grad_mode_around_it(
             assert torch.equal(tensor, other.tensors[key])
 
 
+FEW: dict[str, dict[str, Any]] = {
+    "caa": {"rejected": "bland"},
+    "repe_pca": {"rejected": "bland"},
+    "trained_vector": {"shared_steps": 1, "steps": 1},
+    "perfit": {"shared_epochs": 1, "epochs": 1},
+    "user_llm": {"read_layer": 0, "heads": 2, "steps": 1},
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_layer_that_is_named_twice_is_one_layer(
+    llama: steer.FrozenLM, histories: list[steer.History], name: str
+) -> None:
+    def bound(layer: int | list[int]) -> list[Edit]:
+        fitting = steer.make_method(name, layer=layer, **FEW[name])
+        artifact = fitting.train(llama, histories)
+        state = fitting.fit(llama, histories[0])
+        return fitting.bind(llama, [state], state, artifact)
+
+    assert len(bound([LAYER, LAYER])) == len(bound(LAYER))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_settings_are_checked_at_once(name: str) -> None:
+    for layer in ([], (), "8", "8,23", [1.5], None, {}):
+        with pytest.raises(steer.SteerError, match=r"names no block, or not by its number; give layer=14"):
+            steer.make_method(name, **FEW[name] | {"layer": layer})
+    with pytest.raises(steer.SteerError, match=r"resid_(post|mid)\[-1\] is not a site"):
+        steer.make_method(name, **FEW[name] | {"layer": -1})
+    if name != "user_llm":
+        with pytest.raises(steer.SteerError, match="positions='reponse' is not one of response, generated, all"):
+            steer.make_method(name, **FEW[name] | {"layer": 1, "positions": "reponse"})
+
+
+@pytest.mark.parametrize("name", ["trained_vector", "perfit", "prefix_tuning", "user_llm"])
+def test_of_nobody_there_are_no_states(llama: steer.FrozenLM, histories: list[steer.History], name: str) -> None:
+    fitting = steer.make_method(name, **{"layer": [0, LAYER]} | FEW[name] if name in FEW else {})
+    fitting.train(llama, histories)
+    assert fitting.fit_many(llama, []) == []
+    assert fitting.fit_many(llama, [], lambda share: None) == []
+
+
 @pytest.mark.parametrize("name", ["prefix_tuning", "style_vector"])
 def test_fit_many_is_fit_for_each(llama: steer.FrozenLM, histories: list[steer.History], name: str) -> None:
     settings: dict[str, dict[str, Any]] = {

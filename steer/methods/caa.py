@@ -22,7 +22,7 @@ import torch
 from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Edit
-from steer.inject.positions import Positions
+from steer.inject.positions import Positions, require_positions
 from steer.likelihood import last_logits
 from steer.method import Method
 from steer.methods.vectors import by_site, layer_sites, vector_edits
@@ -49,6 +49,9 @@ class CAA(Method):
         rejected: the key of a record that holds the answer which its response was preferred to.
         token: of the answer, the one to read at: of "(A)" the last but one, which is the letter.
         positions: from which position on to add.
+
+    Raises:
+        SteerError: no layer, or unknown positions.
     """
 
     name: ClassVar[str] = "caa"
@@ -57,6 +60,10 @@ class CAA(Method):
     rejected: str = "rejected"
     token: int = -2
     positions: Positions = "response"
+
+    def __post_init__(self) -> None:
+        layer_sites(self.layer)
+        require_positions(self.positions)
 
     @property
     def sites(self) -> list[Site]:

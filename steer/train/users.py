@@ -87,7 +87,7 @@ def train_users(
             copy[better] = parameter.detach()[better]
 
     keep(0, list(range(len(users))))
-    for step in range(1, max(counts) + 1):
+    for step in range(1, max(counts, default=0) + 1):
         active = [u for u, user in enumerate(users) if step <= user.steps]
         if not active:
             break
