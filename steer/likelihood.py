@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.nn.functional import cross_entropy
 
+from steer.cache import head_key
 from steer.inject import PrefixEdit, ResidualEdit
 from steer.read import Kept, Span, by_length
 
@@ -73,7 +74,8 @@ def response_gradients(
         cache: gradients that were computed before are taken from here, and new ones go here.
     """
     gradients = {site: torch.empty(len(spans), lm.width_at(site)) for site in sites}
-    kept = None if cache is None else Kept(cache, lm, "gradient", 1, [str(site) for site in sites], positions)
+    names = [str(site) for site in sites]
+    kept = None if cache is None else Kept(cache, lm, "gradient", 1, head_key(lm), names, positions)
     found = {} if kept is None else kept.find(spans)
     for i, known in found.items():
         for site in sites:
