@@ -16,7 +16,7 @@ from torch import Tensor
 
 import steer
 from steer.methods.caa import as_question, choice_probabilities
-from steer.methods.repe import principal_direction
+from steer.methods.repe import lat_direction
 from steer.read import read, response_span
 
 LAYER = 1
@@ -180,10 +180,10 @@ def test_a_direction_that_all_pairs_share_is_found(turn: int) -> None:
     generator = torch.Generator().manual_seed(0)
     shared = turn * torch.nn.functional.normalize(torch.randn(30, generator=generator), dim=0)
     differences = 5 * shared + 0.3 * torch.randn(12, 30, generator=generator)
-    assert principal_direction(differences).float() @ shared > 0.97
+    assert lat_direction(differences).float() @ shared > 0.97
     # Nor does the first pair decide, whose side the sign of a singular vector tends to take.
     differences[0] *= -1
-    assert principal_direction(differences).float() @ shared > 0.97
+    assert lat_direction(differences).float() @ shared > 0.97
 
 
 def test_directions_that_cannot_be(llama: steer.FrozenLM) -> None:

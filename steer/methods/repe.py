@@ -94,7 +94,7 @@ class RepEPCA(Method):
         vectors, agreement = {}, {}
         for site, reading in readings.items():
             differences = (reading.pooled[: len(pairs)] - reading.pooled[len(pairs) :]).double()
-            direction = principal_direction(differences)
+            direction = lat_direction(differences)
             agreement[str(site)] = (differences @ direction > 0).double().mean().item()
             vectors[site] = direction if self.unit else direction * differences.mean(0).norm()
         return UserState(
@@ -121,8 +121,11 @@ class RepEPCA(Method):
         return vector_edits(states, like)
 
 
-def principal_direction(differences: Float[Tensor, "pair d"]) -> Float[Tensor, " d"]:
+def lat_direction(differences: Float[Tensor, "pair d"]) -> Float[Tensor, " d"]:
     """The paper's direction of differences, positive minus negative: of length 1, in float64.
+
+    Unlike `steer.encoders.principal_direction`, StyleVector's, it turns every other difference round and centres them,
+    and it points to where most of them lie, not to their mean.
 
     Raises:
         SteerError: there is no such direction, as the differences are all the same up to sign, or zero.
