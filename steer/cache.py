@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer.embedded import cache_dir
 from steer.errors import SteerError
+from steer.fingerprint import running_samples
 
 if TYPE_CHECKING:
     from steer.model import FrozenLM
@@ -86,5 +87,11 @@ def key_of(*parts: Any) -> str:
 
 
 def model_key(lm: FrozenLM) -> list[str]:
-    """What tells a model from others, and from itself in another dtype."""
+    """What tells a model from others, and from itself in another dtype; the head plays no part."""
     return [key_of(lm.fingerprint.to_json()), str(lm.dtype)]
+
+
+def head_key(lm: FrozenLM) -> list[int]:
+    """What tells a model's head from others, beside `model_key`, for what depends on logits."""
+    head = lm.model.get_output_embeddings()
+    return [] if head is None else running_samples(head)

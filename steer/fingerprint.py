@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ class Fingerprints:
 
     def __init__(self, decoder: PreTrainedModel) -> None:
         self._decoder = decoder
-        self._adapted: list[Any] = [module for module in decoder.modules() if hasattr(module, "adapter_layer_names")]
+        self._adapted = _adapted(decoder)
         self._known: dict[object, Fingerprint] = {}
 
     def current(self) -> Fingerprint:
@@ -49,18 +50,27 @@ class Fingerprints:
         config = self._decoder.config
         shape = {key: getattr(config, key, None) for key in _ARCHITECTURE_KEYS}
         name = f"{config.model_type}-{config.num_hidden_layers}x{config.hidden_size}"
-        adapters = dict(self._adapters())
-        own = [p for _, p in sorted(_plain_names(self._decoder)) if p not in adapters]
-        words = _samples(own) + _samples([parameter for parameter, runs in adapters.items() if runs])
-        return Fingerprint(name, repr(sorted(shape.items())), tuple(words))
+        return Fingerprint(name, repr(sorted(shape.items())), tuple(running_samples(self._decoder)))
 
-    def _adapters(self) -> Iterator[tuple[nn.Parameter, bool]]:
-        """Parameters of all adapters, and whether they run."""
-        for module in self._adapted:
-            for kind in module.adapter_layer_names:
-                for adapter, part in attrgetter(kind)(module).items():
-                    for parameter in part.parameters() if hasattr(part, "parameters") else [part]:
-                        yield parameter, adapter in _running(module)
+
+def running_samples(module: nn.Module) -> list[int]:
+    """Samples of a module's weights, and of those adapters that are active, as bit patterns in bfloat16."""
+    adapters = dict(_adapters(module))
+    own = [p for _, p in sorted(_plain_names(module)) if p not in adapters]
+    return _samples(own) + _samples([parameter for parameter, runs in adapters.items() if runs])
+
+
+def _adapted(root: nn.Module) -> list[Any]:
+    return [module for module in root.modules() if hasattr(module, "adapter_layer_names")]
+
+
+def _adapters(root: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Parameters of all adapters, and whether they run."""
+    for module in _adapted(root):
+        for kind in module.adapter_layer_names:
+            for adapter, part in attrgetter(kind)(module).items():
+                for parameter in part.parameters() if hasattr(part, "parameters") else [part]:
+                    yield parameter, adapter in _running(module)
 
 
 def _running(module: Any) -> Sequence[str]:
@@ -79,10 +89,13 @@ def _samples(parameters: Sequence[Tensor]) -> list[int]:
     """Bit patterns in bfloat16 of weights that are spread over the parameters and within them."""
     if not parameters:
         return []
-    chosen = [(i, parameters[i * len(parameters) // _SAMPLES]) for i in range(_SAMPLES)]
-    # The multiplier is Knuth's, prime to every size.
-    values = [_flat(weight)[i * 2654435761 % weight.numel()].cpu().float() for i, weight in chosen if weight.numel()]
-    return [word & 0xFFFF for word in torch.stack(values).to(torch.bfloat16).view(torch.int16).tolist()]
+    values = []
+    for which, chosen in groupby(range(_SAMPLES), lambda i: i * len(parameters) // _SAMPLES):
+        if size := parameters[which].numel():
+            # The multiplier is Knuth's, prime to every size.
+            places = [i * 2654435761 % size for i in chosen]
+            values.append(_flat(parameters[which])[places].cpu().float())
+    return [word & 0xFFFF for word in torch.cat(values).to(torch.bfloat16).view(torch.int16).tolist()]
 
 
 def _flat(weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.nn.functional import cross_entropy
 
+from steer.cache import head_key
 from steer.inject import PrefixEdit, ResidualEdit
 from steer.read import Kept, Span, by_length
 
@@ -33,13 +34,14 @@ def response_losses(
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
     """Sum over each span's tokens of −log p(token | what stands before it), in nats, and the number of tokens.
 
-    One row a span; the rows of the edits are the rows of the spans. The first token of a sequence is never predicted.
+    One row a span; the rows of the edits are the rows of the spans. The first token of a sequence is never predicted,
+    and what stands behind a span is not run.
     """
     prefixes = sum((edit.lengths for edit in edits if isinstance(edit, PrefixEdit)), torch.zeros(len(spans)).long())
     starts = [max(span.start, 1) + extra for span, extra in zip(spans, prefixes.tolist(), strict=True)]
     targets = _targets(spans).to(lm.device)
     with lm.steered(states=[None] * len(spans), edits=edits, prompt_lengths=starts) as steering:
-        logits = last_logits(lm, steering.prepare([span.ids for span in spans]), targets.shape[1] + 1)
+        logits = last_logits(lm, steering.prepare([span.ids[: span.end] for span in spans]), targets.shape[1] + 1)
     losses = cross_entropy(
         logits[:, :-1].float().transpose(1, 2), targets.to(logits.device), ignore_index=_NO_TARGET, reduction="none"
     )
@@ -72,13 +74,13 @@ def response_gradients(
         cache: gradients that were computed before are taken from here, and new ones go here.
     """
     gradients = {site: torch.empty(len(spans), lm.width_at(site)) for site in sites}
-    kept = None if cache is None else Kept(cache, lm, sites, "gradient", 1, positions)
+    kept = None if cache is None else Kept(cache, lm, sites, "gradient", 1, head_key(lm), positions)
     found = {} if kept is None else kept.find(spans)
     for i, known in found.items():
         for site in sites:
             gradients[site][i] = known[site]["gradient"]
     done = len(found)
-    for batch in by_length({i: len(span.ids) for i, span in enumerate(spans) if i not in found}, batch_tokens):
+    for batch in by_length({i: span.end for i, span in enumerate(spans) if i not in found}, batch_tokens):
         texts = [spans[i] for i in batch]
         offsets = {site: torch.zeros(len(batch), lm.width_at(site), requires_grad=True) for site in sites}
         losses, _ = response_losses(lm, texts, [ResidualEdit(site, at, positions) for site, at in offsets.items()])
@@ -93,7 +95,7 @@ def response_gradients(
 
 
 def _targets(spans: Sequence[Span]) -> Int[Tensor, "row pos"]:
-    """The spans' tokens, on the right: rows are padded on the left, and a span ends its row."""
+    """The spans' tokens, on the right: rows are padded on the left, and end where their spans do."""
     width = max(span.end - max(span.start, 1) for span in spans)
     targets = torch.full((len(spans), width), _NO_TARGET)
     for row, span in enumerate(spans):

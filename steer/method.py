@@ -99,7 +99,7 @@ class Method(ABC):
 METHODS: dict[str, type[Method]] = {}
 
 
-def make_method(name: str, **settings: Any) -> Method:
+def make_method(name: str, /, **settings: Any) -> Method:
     """A method by its name, with these hyper-parameters.
 
     Raises:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from steer.cache import Cache, answers_cache, key_of, model_key
+from steer.cache import answers_cache, head_key, key_of, model_key
 from steer.errors import SteerError
 from steer.history import Record
 
@@ -38,7 +39,7 @@ class Neutral:
         ):
             raise SteerError(f"neutral={source!r} is none of {NEUTRAL}")
         self._tokens = tokens
-        self._file: Mapping[str, str] | None = None
+        self._file: Mapping[str, Any] | None = None
 
     def require(self, records: Sequence[Record]) -> None:
         """Raises SteerError if some record can have no neutral response, before anything is computed."""
@@ -64,7 +65,7 @@ class Neutral:
         return [answer if answer.strip() else None for answer in answers]
 
     @property
-    def _answers(self) -> Mapping[str, str]:
+    def _answers(self) -> Mapping[str, Any]:
         if self._file is None:
             self._file = _read_answers(Path(self._argument))
         return self._file
@@ -77,16 +78,11 @@ def own_answers(lm: FrozenLM, prompts: Sequence[str], tokens: int) -> list[str]:
     """
     ids = [lm.encode(prompt) for prompt in prompts]
     settings = lm.model.generation_config.to_json_string(ignore_metadata=True)
-    model = key_of("answer", 1, model_key(lm), settings, tokens)
+    model = key_of("answer", 1, model_key(lm), head_key(lm), settings, tokens)
     keys = [key_of(model, own) for own in ids]
-    known: dict[str, str] = {}
-    cache: Cache | None = None
-    try:
-        cache = answers_cache()
+    cache, known = answers_cache(), dict[str, str]()
+    with _if_possible():
         known = {key: value.decode() for key, value in cache.get(keys).items()}
-    except SteerError as error:
-        warnings.warn(f"the model's answers are not kept: {error}", stacklevel=2)
-        cache = None
     # Each prompt once, and prompts of like length together.
     missing = sorted({key: own for key, own in zip(keys, ids, strict=True) if key not in known}.items(), key=_length)
     for start in range(0, len(missing), _ANSWERS_AT_ONCE):
@@ -94,9 +90,18 @@ def own_answers(lm: FrozenLM, prompts: Sequence[str], tokens: int) -> list[str]:
         answers = lm.generate(list(some.values()), max_new_tokens=tokens, do_sample=False)
         new = dict(zip(some, answers, strict=True))
         known |= new
-        if cache is not None:
+        with _if_possible():
             cache.put({key: answer.encode() for key, answer in new.items()})
     return [known[key] for key in keys]
+
+
+@contextmanager
+def _if_possible() -> Iterator[None]:
+    """Warns where the cache cannot be used, instead of raising."""
+    try:
+        yield
+    except SteerError as error:
+        warnings.warn(f"the model's answers are not kept: {error}", stacklevel=4)
 
 
 def _length(item: tuple[str, list[int]]) -> int:
@@ -107,9 +112,10 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _read_answers(path: Path) -> dict[str, str]:
+def _read_answers(path: Path) -> dict[str, Any]:
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return {str(entry["id"]): str(entry["response"]) for entry in entries}
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        # Bytes, as lines of text would end at separators that JSON leaves as they are, such as U+2028.
+        entries = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+        return {str(entry["id"]): entry["response"] for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SteerError(f"{path}: expected JSONL lines with `id` and `response` ({error})") from None

@@ -10,6 +10,7 @@ import torch
 
 from steer.errors import SteerError
 from steer.history import History
+from steer.inject import MemoryEdit, SiteEdit
 from steer.plan import edits_of
 from steer.read import record_span
 from steer.score import require_unseen, row_losses
@@ -52,7 +53,8 @@ def sweep(
 
     Raises:
         SteerError: there is nothing to score or no amount to score at, a record was among those that its user's state
-            was fitted on, or the states are of several kinds.
+            was fitted on, the states are of several kinds, or one of their sites has no
+            edit.
     """
     histories = [history for history in histories if len(history)]
     if not histories:
@@ -111,5 +113,8 @@ def _sites(states: Mapping[str, UserState]) -> list[Site]:
     return [Site.parse(site).canonical() for site in next(iter(kinds))]
 
 
-def _at(edits: Sequence[Edit], site: Site) -> list[Edit]:
-    return [edit for edit in edits if getattr(edit, "site", None) == site]
+def _at(edits: Sequence[Edit], site: Site) -> Sequence[Edit]:
+    found = [edit for edit in edits if isinstance(edit, SiteEdit | MemoryEdit) and edit.site.canonical() == site]
+    if not found:
+        raise SteerError(f"these states change nothing at {site}, so it cannot be compared with other sites")
+    return found

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import steer
 from steer.methods.caa import as_question, choice_probabilities
-from steer.methods.repe import principal_direction
+from steer.methods.repe import lat_direction
+from steer.read import read, response_span
 
 LAYER = 1
 SITE = steer.Site("resid_post", LAYER)
@@ -81,6 +82,21 @@ def test_choices_of_a_person_become_questions(llama: steer.FrozenLM) -> None:
     assert [as_question(pair, i) for i, pair in enumerate(LETTERS)] == LETTERS
     again = steer.CAA(layer=LAYER, rejected="other").fit(llama, choices(LETTERS))
     assert_close(again.tensors[str(SITE)], by_hand(llama, LETTERS, drop=1).mean(0), 1e-5)
+
+
+def test_both_answers_to_a_question_share_its_pass(llama: steer.FrozenLM) -> None:
+    """And the norm that a dose is in units of is read at the answers alone, as for RepE."""
+    tokens: list[int] = []
+    handle = llama.attachment.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    state = steer.CAA(layer=LAYER, token=-1).fit_pairs(llama, LETTERS[:1])
+    handle.remove()
+    # The prompt's last token stands with each answer.
+    assert sum(tokens) == len(llama.encode(LETTERS[0].prompt)) - 1 + 2 * (1 + len("(A)"))
+    spans = [response_span(llama, answer, LETTERS[0].prompt) for answer in ("(A)", "(B)")]
+    expected = read(llama, spans, [SITE])[SITE].norm
+    assert state.provenance.calibration["reference_norm"][str(SITE)] == pytest.approx(expected)
 
 
 def probabilities_by_hand(lm: steer.FrozenLM, pairs: Sequence[steer.Pair], vector: Tensor, start: int) -> Tensor:
@@ -164,10 +180,10 @@ def test_a_direction_that_all_pairs_share_is_found(turn: int) -> None:
     generator = torch.Generator().manual_seed(0)
     shared = turn * torch.nn.functional.normalize(torch.randn(30, generator=generator), dim=0)
     differences = 5 * shared + 0.3 * torch.randn(12, 30, generator=generator)
-    assert principal_direction(differences).float() @ shared > 0.97
+    assert lat_direction(differences).float() @ shared > 0.97
     # Nor does the first pair decide, whose side the sign of a singular vector tends to take.
     differences[0] *= -1
-    assert principal_direction(differences).float() @ shared > 0.97
+    assert lat_direction(differences).float() @ shared > 0.97
 
 
 def test_directions_that_cannot_be(llama: steer.FrozenLM) -> None:

@@ -15,8 +15,9 @@ from rows import Row, assert_close, cross_attention, generate
 from torch import Tensor
 
 import steer
-from steer.likelihood import batches_of, negative_log_likelihood, response_losses
+from steer.likelihood import batches_of, negative_log_likelihood, response_gradients, response_losses
 from steer.read import Pool, Span, read, record_span
+from steer.score import row_losses
 
 LAYER = 1
 SITE = steer.Site("resid_post", LAYER)
@@ -178,6 +179,23 @@ def test_losses_are_the_cross_entropy_of_the_responses(lm: steer.FrozenLM, histo
             expected = lm.model(ids, labels=labels).loss
         assert_close(sums[row] / counts[row], expected)
         assert counts[row] == span.end - max(span.start, 1)
+
+
+def test_a_span_may_end_before_its_text_does(lm: steer.FrozenLM) -> None:
+    """`row_losses` scores prefixes, here of no length, by `response_losses`, and anything else in a way of its own."""
+    ids = lm.encode("a text that goes on and on")
+    whole, vectors = Span(ids, 5, 12), torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
+    for edits in ([steer.ResidualEdit(SITE, vectors)], [steer.PrefixEdit.from_rows([None, None], WIDTH)]):
+        expected, counts = response_losses(lm, [Span(ids[:12], 5, 12), Span(ids[:4], 2, 4)], edits)
+        losses, _ = response_losses(lm, [whole, Span(ids, 2, 4)], edits)
+        assert counts.tolist() == [7, 2]
+        assert_close(losses, expected)
+    none = steer.PrefixEdit.from_rows([None], WIDTH)
+    assert_close(row_losses(lm, whole, [none], 1), row_losses(lm, whole, [], 1))
+    told: list[int] = []
+    gradients, _ = response_gradients(lm, [whole] * 2, [SITE], batch_tokens=24, on_progress=told.append)
+    assert_close(gradients[SITE], response_gradients(lm, [Span(ids[:12], 5, 12)] * 2, [SITE])[0][SITE])
+    assert told == [2]
 
 
 def test_losses_are_those_of_the_steered_model(lm: steer.FrozenLM, histories: list[steer.History]) -> None:

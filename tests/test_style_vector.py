@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import steer
 from steer.cache import Cache
 from steer.cli.app import app
+from steer.cli.options import parse_settings
 from steer.read import read, record_span
 
 SITE = steer.Site("resid_post", 1)
@@ -452,6 +453,12 @@ def test_steer_extract_by_another_method(folder: Path, llama: steer.FrozenLM) ->
         (["--set", "stp=2"], "natural_gradient: .*'stp'"),
         (["--set", "step"], "--set step is not a hyper-parameter"),
         (["--method", "trained-vector", "--layer", "1", "--resume", "file"], "--resume is for methods that read"),
+        (["--method", "caa", "--set", "layer=8,x"], "layer='8,x' names no block"),
+        (["--layer", "1", "--set", "layer=2"], "--layer and --set layer say the same"),
+        (["--layer", "1", "--set", "pool=last", "--pool", "mean"], "--pool and --set pool say the same"),
+        (["--set", "sites=embed", "--site", "embed"], "--site and --set sites say the same"),
+        (["--set", "name=me"], "natural_gradient: .*'name'"),
+        (["--layer", "1", "--paper", "--set", "pool=mean"], "--paper decides on pool"),
     ):
         with pytest.raises(steer.SteerError, match=message):
             extract(folder, *arguments)
@@ -470,6 +477,19 @@ def test_steer_extract(folder: Path, llama: steer.FrozenLM) -> None:
         for site, numbers in row["sites"].items():
             assert numbers["norm"] == pytest.approx(state.tensors[site].norm().item(), abs=1e-4)
     assert set(row["sites"]) == {"resid_post[1]", "attn_out[0]"}
+
+
+def test_a_method_s_name_and_its_layers_may_be_written_either_way(folder: Path) -> None:
+    bank, style = steer.Bank(folder / "bank"), ("--neutral", "field:plain", "--user", "user 1", "--name")
+    extract(folder, "--method", "style_vector", "--set", "layer=0,1", "--set", "rescale=False", *style, "one")
+    extract(folder, "--method", "style-vector", "--layer", "0,1", *style, "other")
+    assert_same(bank["user 1", "one"], bank["user 1", "other"])
+
+
+def test_hyper_parameters_are_read_as_json_as_python_or_as_text() -> None:
+    pairs = {"1e-4": 1e-4, "[1, 2]": [1, 2], "null": None, "8,23": (8, 23), "True": True, "false": False, "a,b": "a,b"}
+    for text, value in pairs.items():
+        assert parse_settings([f"key={text}"]) == {"key": value}
 
 
 def test_steer_extract_as_in_the_paper(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

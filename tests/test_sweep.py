@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import steer
 from steer.cli.app import app
 from steer.method import make_method
+from steer.plan import edits_of
 from steer.score import score
 from steer.sweep import sweep
 from steer.view import Sweep
@@ -66,6 +68,24 @@ def test_without_others(llama: steer.FrozenLM, histories: list[steer.History]) -
     assert found.to_json()["own_minus_other"] is None
 
 
+def test_a_site_may_go_by_its_other_name(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    known, later = split(histories)
+    states = fitted(llama, known)
+    renamed = {user: at(state, {"resid_post[0]": "resid_pre[1]"}) for user, state in states.items()}
+    one, other = (sweep(llama, later, kind, strengths=STRENGTHS) for kind in (states, renamed))
+    assert other.sites == one.sites
+    assert torch.equal(other.own, one.own)
+
+
+def at(state: steer.UserState, names: dict[str, str]) -> steer.UserState:
+    """The same state, with other names for its sites."""
+    source = state.provenance
+    norms = {names.get(site, site): norm for site, norm in source.calibration["reference_norm"].items()}
+    sites = tuple(names.get(site, site) for site in source.sites)
+    tensors = {names.get(site, site): tensor for site, tensor in state.tensors.items()}
+    return steer.UserState(replace(source, sites=sites, calibration={"reference_norm": norms}), tensors)
+
+
 def made_up() -> Sweep:
     own = torch.tensor([[[-0.02, -0.05, 0.9], [0.01, -0.03, 1.4]], [[-0.04, -0.01, 0.7], [0.03, -0.05, 1.0]]])
     sites = tuple(steer.Site("resid_post", layer) for layer in LAYERS)
@@ -101,7 +121,9 @@ def test_maps_are_shown(tmp_path: Path) -> None:
     figure.savefig(tmp_path / "sweep.png")
 
 
-def test_what_is_refused(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+def test_what_is_refused(
+    llama: steer.FrozenLM, histories: list[steer.History], monkeypatch: pytest.MonkeyPatch
+) -> None:
     known, later = split(histories)
     states = fitted(llama, known)
     mixed = states | {"bob": fitted(llama, known, 1)["bob"]}
@@ -116,6 +138,9 @@ def test_what_is_refused(llama: steer.FrozenLM, histories: list[steer.History]) 
         records, fits, *rest = arguments
         with pytest.raises(steer.SteerError, match=message):
             sweep(llama, records, fits, strengths=rest[0] if rest else None)  # type: ignore[arg-type]
+    monkeypatch.setattr("steer.sweep.edits_of", lambda *args, **kwargs: edits_of(*args, **kwargs)[:1])
+    with pytest.raises(steer.SteerError, match=r"change nothing at resid_post\[2\]"):
+        sweep(llama, later, states, strengths=[1.0])
 
 
 def test_fewer_others_than_asked_for(llama: steer.FrozenLM, histories: list[steer.History]) -> None:

@@ -214,6 +214,16 @@ def test_forward_passes_may_be_of_any_size(llama: steer.FrozenLM) -> None:
         assert_close(parts, whole, 1e-3)
 
 
+def test_forward_passes_hold_texts_up_to_their_spans_ends(llama: steer.FrozenLM) -> None:
+    sizes: list[tuple[int, ...]] = []
+    handle = llama.attachment.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    train(llama, [[Span([*range(5, 45)], 4, 10)] * 2], steps=1, batch_tokens=20)
+    handle.remove()
+    assert sizes == [(2, 10)]
+
+
 def test_the_best_step_on_held_out_texts_is_kept(llama: steer.FrozenLM) -> None:
     """Seen from outside: of the steps at which texts are looked at, none gives the held-out ones a lower loss."""
     generator = torch.Generator().manual_seed(0)
@@ -456,6 +466,72 @@ def test_trained_states_survive_a_bank(
     assert together[2] != plain[2]
     direct = llama.generate_tokens(prompts, states=[states[0], None, states[1]], artifacts=[artifact], **settings)
     assert together == direct
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        method(shared_steps=2, steps=2),
+        perfit(shared_epochs=1, epochs=1),
+        steer.PrefixTuning(steps=2),
+        steer.UserLLM(layer=LAYER, read_layer=0, heads=2, steps=2),
+    ],
+    ids=lambda m: m.name,
+)
+def test_training_does_not_depend_on_the_grad_mode_around_it(
+    llama: steer.FrozenLM, histories: list[steer.History], training: steer.Method
+) -> None:
+    def learned() -> list[steer.Artifact | steer.UserState]:
+        artifact = training.train(llama, histories)
+        return [*([] if artifact is None else [artifact]), *training.fit_many(llama, histories)]
+
+    with torch.no_grad():
+        without = learned()
+    for one, other in zip(without, learned(), strict=True):
+        for key, tensor in one.tensors.items():
+            assert torch.equal(tensor, other.tensors[key])
+
+
+FEW: dict[str, dict[str, Any]] = {
+    "caa": {"rejected": "bland"},
+    "repe_pca": {"rejected": "bland"},
+    "trained_vector": {"shared_steps": 1, "steps": 1},
+    "perfit": {"shared_epochs": 1, "epochs": 1},
+    "user_llm": {"read_layer": 0, "heads": 2, "steps": 1},
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_layer_that_is_named_twice_is_one_layer(
+    llama: steer.FrozenLM, histories: list[steer.History], name: str
+) -> None:
+    def bound(layer: int | list[int]) -> list[Edit]:
+        fitting = steer.make_method(name, layer=layer, **FEW[name])
+        artifact = fitting.train(llama, histories)
+        state = fitting.fit(llama, histories[0])
+        return fitting.bind(llama, [state], state, artifact)
+
+    assert len(bound([LAYER, LAYER])) == len(bound(LAYER))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_settings_are_checked_at_once(name: str) -> None:
+    for layer in ([], (), "8", "8,23", [1.5], None, {}):
+        with pytest.raises(steer.SteerError, match=r"names no block, or not by its number; give layer=14"):
+            steer.make_method(name, **FEW[name] | {"layer": layer})
+    with pytest.raises(steer.SteerError, match=r"resid_(post|mid)\[-1\] is not a site"):
+        steer.make_method(name, **FEW[name] | {"layer": -1})
+    if name != "user_llm":
+        with pytest.raises(steer.SteerError, match="positions='reponse' is not one of response, generated, all"):
+            steer.make_method(name, **FEW[name] | {"layer": 1, "positions": "reponse"})
+
+
+@pytest.mark.parametrize("name", ["trained_vector", "perfit", "prefix_tuning", "user_llm"])
+def test_of_nobody_there_are_no_states(llama: steer.FrozenLM, histories: list[steer.History], name: str) -> None:
+    fitting = steer.make_method(name, **{"layer": [0, LAYER]} | FEW[name] if name in FEW else {})
+    fitting.train(llama, histories)
+    assert fitting.fit_many(llama, []) == []
+    assert fitting.fit_many(llama, [], lambda share: None) == []
 
 
 @pytest.mark.parametrize("name", ["prefix_tuning", "style_vector"])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from steer import UserState
     from steer.method import Method
 
-DEFAULT = "natural-gradient"
+DEFAULT = "natural_gradient"
 # Users who are read together, and stored at once.
 _USERS = 256
 
@@ -112,11 +112,12 @@ def extract(
     from steer.cache import Cache
 
     settings = options.parse_settings(setting or [])
-    if layer is not None:
-        settings["layer"] = options.parse_layers(layer)
+    layers = {} if layer is None else {"layer": options.parse_layers(layer)}
     of_style = {"neutral": neutral, "extractor": extractor, "pool": pool, "sites": site}
     of_style = {key: value for key, value in of_style.items() if value is not None}
-    fitting = _method(method, settings, of_style, paper)
+    if twice := [key for key in layers | of_style if key in settings]:
+        raise SteerError(f"--{twice[0].removesuffix('s')} and --set {twice[0]} say the same thing; give one of them")
+    fitting = _method(method, settings | layers, of_style, paper)
     if resume is not None and not isinstance(fitting, NaturalGradient | StyleVector):
         raise SteerError(f"--resume is for methods that read each text once; {fitting.name} goes over them many times")
     histories = {key: whole.split(holdout, limit)[0] for key, whole in read_histories(history, instruction=instruction)}
@@ -165,16 +166,17 @@ def _method(name: str | None, settings: dict[str, Any], of_style: dict[str, Any]
     from steer import StyleVector
     from steer.method import make_method
 
-    if name is not None and name != "style-vector" and (of_style or paper):
+    default = StyleVector.name if of_style or paper else DEFAULT
+    name = default if name is None else name.replace("-", "_")
+    if name != StyleVector.name and (of_style or paper):
         option = "paper" if paper else next(iter(of_style)).removesuffix("s")
         raise SteerError(f"--{option} is for --method style-vector; {name} takes its own with --set")
-    if name != "style-vector" and not of_style and not paper:
-        return make_method((name or DEFAULT).replace("-", "_"), **settings)
+    settings = settings | of_style
     if not paper:
-        return make_method("style_vector", **settings, **of_style)
-    if taken := [key for key in ("extractor", "pool") if key in of_style]:
-        raise SteerError(f"--paper decides on --{taken[0]}; leave it out")
-    return StyleVector.paper(settings.pop("layer", []), **settings, **of_style)
+        return make_method(name, **settings)
+    if taken := [key for key in ("extractor", "pool", "positions") if key in settings]:
+        raise SteerError(f"--paper decides on {taken[0]}; leave it out")
+    return StyleVector.paper(settings.pop("layer", ()), **settings)
 
 
 def _to_json(state: UserState) -> dict[str, Any]:

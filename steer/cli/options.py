@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,17 +58,22 @@ def load(model: str, device: str | None, dtype: str | None) -> FrozenLM:
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """Reads `step=10` and the like; what is JSON is read as JSON, anything else is text."""
+    """Reads `step=10` and so on; what is JSON or Python, such as `8,23`, is read as that, anything else is text."""
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key.isidentifier() or not equals:
             raise SteerError(f"--set {pair} is not a hyper-parameter and its value, such as step=10")
-        try:
-            settings[key] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[key] = value
+        settings[key] = _value_of(value)
     return settings
+
+
+def _value_of(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        # A JSONDecodeError is a ValueError.
+        with suppress(ValueError, SyntaxError):
+            return read(text)
+    return text
 
 
 def parse_layers(text: str) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Positions = Literal["response", "generated", "all", "prompt"]
+
+
+def require_positions(positions: str) -> None:
+    """Raises SteerError unless these are one of `Positions`."""
+    if positions not in get_args(Positions):
+        raise SteerError(f"positions={positions!r} is not one of {', '.join(get_args(Positions))}")
 
 
 class Gate(ABC):

@@ -11,7 +11,7 @@ import torch
 
 from steer.errors import SteerError
 from steer.inject.condition import Condition, ConditionedGate
-from steer.inject.positions import Gate, Positions
+from steer.inject.positions import Gate, Positions, require_positions
 from steer.inject.rows import Rows, erase, refill
 from steer.kernels import add_rows, add_rows_keeping_norm, low_rank_rows, project_rows
 from steer.sites import Site
@@ -33,8 +33,7 @@ class SiteEdit(ABC):
 
     def __post_init__(self) -> None:
         if isinstance(self.positions, str):
-            if self.positions not in get_args(Positions):
-                raise SteerError(f"positions={self.positions!r} is not one of {', '.join(get_args(Positions))}")
+            require_positions(self.positions)
         elif self.positions.dtype != torch.bool or self.positions.dim() != 2 or not self.positions.shape[1]:
             raise SteerError(
                 "positions that are marked one by one need a bool tensor [batch, n], n ≥ 1; this one is "

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from steer.model import FrozenLM
     from steer.steering import Steering
 
-# As a block computes them.
-_ORDER = ("resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
-
 
 def write(model: Envoy, steering: Steering) -> None:
     """Does, inside a trace, what steer's own hooks would do; those do nothing meanwhile.
@@ -45,7 +42,7 @@ def write(model: Envoy, steering: Steering) -> None:
     """
     _require_same_model(model, steering.lm)
     runs = steering.hand_over()
-    for site in sorted(runs, key=_turn):
+    for site in sorted(runs, key=lambda site: site.depth):
         place, run = steering.lm.attachment.place_of(site), runs[site]
         envoy = _envoy(model, place)
         if place.at == "shared":
@@ -66,7 +63,7 @@ def activations(model: Envoy, lm: FrozenLM, sites: Iterable[Site | str]) -> dict
     """
     _require_same_model(model, lm)
     found: dict[Site, Tensor] = {}
-    for site in sorted({Site.parse(site).canonical() for site in sites}, key=_turn):
+    for site in sorted({Site.parse(site).canonical() for site in sites}, key=lambda site: site.depth):
         place = lm.attachment.place_of(site)
         envoy = _envoy(model, place)
         value: Any = envoy.output if place.at == "output" else envoy.input
@@ -76,12 +73,6 @@ def activations(model: Envoy, lm: FrozenLM, sites: Iterable[Site | str]) -> dict
         # A clone, as some models go on to add into this very tensor.
         found[site] = hidden.clone()
     return found
-
-
-def _turn(site: Site) -> tuple[float, int]:
-    if site.layer is None:
-        return (-1 if site.name == "embed" else float("inf")), 0
-    return site.layer, _ORDER.index(site.name)
 
 
 def _require_same_model(model: Envoy, lm: FrozenLM) -> None:

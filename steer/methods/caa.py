@@ -22,7 +22,7 @@ import torch
 from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Edit
-from steer.inject.positions import Positions
+from steer.inject.positions import Positions, require_positions
 from steer.likelihood import last_logits
 from steer.method import Method
 from steer.methods.vectors import by_site, layer_sites, vector_edits
@@ -49,6 +49,9 @@ class CAA(Method):
         rejected: the key of a record that holds the answer which its response was preferred to.
         token: of the answer, the one to read at: of "(A)" the last but one, which is the letter.
         positions: from which position on to add.
+
+    Raises:
+        SteerError: no layer, or unknown positions.
     """
 
     name: ClassVar[str] = "caa"
@@ -57,6 +60,10 @@ class CAA(Method):
     rejected: str = "rejected"
     token: int = -2
     positions: Positions = "response"
+
+    def __post_init__(self) -> None:
+        layer_sites(self.layer)
+        require_positions(self.positions)
 
     @property
     def sites(self) -> list[Site]:
@@ -110,12 +117,12 @@ class CAA(Method):
         return vector_edits(states, like)
 
     def _span(self, lm: FrozenLM, prompt: str, answer: str) -> Span:
-        """The text up to the token to read at; what follows would not change it."""
+        """The answer after its prompt, up to the token to read at; what follows would not change it."""
         head, tail = _tokens(lm, prompt, answer)
         if not -len(tail) <= self.token < len(tail):
             raise SteerError(f"token={self.token}: the answer {answer!r} has {len(tail)} tokens")
         end = len(head) + self.token % len(tail) + 1
-        return Span([*head, *tail][:end], 0, end)
+        return Span([*head, *tail][:end], len(head), end)
 
 
 def as_question(pair: Pair, number: int = 0) -> Pair:

@@ -23,7 +23,7 @@ import torch
 from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Edit, LowRankEdit
-from steer.inject.positions import Positions
+from steer.inject.positions import Positions, require_positions
 from steer.method import Method
 from steer.methods.vectors import layer_sites, reference_norms
 from steer.read import Span, record_span
@@ -53,6 +53,9 @@ class PerFit(Method):
         holdout: share of a user's texts that decides after which step to stop; they are not trained on.
         positions: which positions to edit.
         seed: of the initial subspaces and the order of texts.
+
+    Raises:
+        SteerError: no layer, or unknown positions.
     """
 
     name: ClassVar[str] = "perfit"
@@ -68,6 +71,10 @@ class PerFit(Method):
     holdout: float = 0.0
     positions: Positions = "response"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        layer_sites(self.layer)
+        require_positions(self.positions)
 
     @property
     def sites(self) -> list[Site]:

@@ -21,7 +21,7 @@ import torch
 from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Edit
-from steer.inject.positions import Positions
+from steer.inject.positions import Positions, require_positions
 from steer.method import Method
 from steer.methods.vectors import by_site, layer_sites, vector_edits
 from steer.pairs import Pair, pairs_of
@@ -46,6 +46,9 @@ class RepEPCA(Method):
         unit: whether vectors have length 1, as in the paper, and need a dose or a large strength; else they have that
             of the mean difference, so that a strength means what it does for CAA.
         positions: from which position on to add; the paper's is "all".
+
+    Raises:
+        SteerError: no layer, or unknown positions.
     """
 
     name: ClassVar[str] = "repe_pca"
@@ -54,6 +57,10 @@ class RepEPCA(Method):
     rejected: str = "rejected"
     unit: bool = False
     positions: Positions = "response"
+
+    def __post_init__(self) -> None:
+        layer_sites(self.layer)
+        require_positions(self.positions)
 
     @property
     def sites(self) -> list[Site]:
@@ -87,7 +94,7 @@ class RepEPCA(Method):
         vectors, agreement = {}, {}
         for site, reading in readings.items():
             differences = (reading.pooled[: len(pairs)] - reading.pooled[len(pairs) :]).double()
-            direction = principal_direction(differences)
+            direction = lat_direction(differences)
             agreement[str(site)] = (differences @ direction > 0).double().mean().item()
             vectors[site] = direction if self.unit else direction * differences.mean(0).norm()
         return UserState(
@@ -114,8 +121,11 @@ class RepEPCA(Method):
         return vector_edits(states, like)
 
 
-def principal_direction(differences: Float[Tensor, "pair d"]) -> Float[Tensor, " d"]:
+def lat_direction(differences: Float[Tensor, "pair d"]) -> Float[Tensor, " d"]:
     """The paper's direction of differences, positive minus negative: of length 1, in float64.
+
+    Unlike `steer.encoders.principal_direction`, StyleVector's, it turns every other difference round and centres them,
+    and it points to where most of them lie, not to their mean.
 
     Raises:
         SteerError: there is no such direction, as the differences are all the same up to sign, or zero.

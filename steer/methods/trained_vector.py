@@ -20,7 +20,7 @@ import torch
 from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Edit, ResidualEdit
-from steer.inject.positions import Positions
+from steer.inject.positions import Positions, require_positions
 from steer.method import Method
 from steer.methods.vectors import by_site, layer_sites, reference_norms, vector_edits
 from steer.read import Span, record_span
@@ -50,6 +50,9 @@ class TrainedVector(Method):
         holdout: share of a user's texts that decides after which step to stop; they are not trained on.
         positions: from which position on to add.
         seed: of the order of texts.
+
+    Raises:
+        SteerError: no layer, or unknown positions.
     """
 
     name: ClassVar[str] = "trained_vector"
@@ -64,6 +67,10 @@ class TrainedVector(Method):
     holdout: float = 0.0
     positions: Positions = "response"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        layer_sites(self.layer)
+        require_positions(self.positions)
 
     @property
     def sites(self) -> list[Site]:
@@ -198,7 +205,7 @@ class TrainedVector(Method):
         norms = [reference_norms(lm, spans, self.sites) for spans in texts]
         elements = {site: torch.zeros(len(texts), lm.width_at(site), device=lm.device) for site in self.sites}
         units = {
-            site: torch.tensor([[norm[str(site)]] for norm in norms], device=lm.device) / values.shape[1] ** 0.5
+            site: torch.tensor([norm[str(site)] for norm in norms], device=lm.device)[:, None] / values.shape[1] ** 0.5
             for site, values in elements.items()
         }
 

@@ -23,6 +23,7 @@ from steer.history import History
 from steer.inject import Edit, GatedCrossAttention, MemoryEdit
 from steer.likelihood import batches_of, negative_log_likelihood
 from steer.method import Method
+from steer.methods.vectors import layer_sites
 from steer.read import Span, read, record_span, response_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
@@ -42,6 +43,9 @@ class UserLLM(Method):
         heads: of the cross-attention.
         steps, learning_rate, batch: of training.
         seed: of the initial weights and the order of records.
+
+    Raises:
+        SteerError: no layer.
     """
 
     name: ClassVar[str] = "user_llm"
@@ -54,12 +58,15 @@ class UserLLM(Method):
     batch: int = 8
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        layer_sites(self.layer, "resid_mid")
+
     @property
     def sites(self) -> list[Site]:
         """Where the layers attend."""
-        layers = [self.layer] if isinstance(self.layer, int) else self.layer
-        return [Site("resid_mid", layer) for layer in layers]
+        return layer_sites(self.layer, "resid_mid")
 
+    @torch.enable_grad()
     def train(
         self,
         lm: FrozenLM,

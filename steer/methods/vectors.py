@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from steer.errors import SteerError
 from steer.inject import Edit, ResidualEdit
 from steer.read import Span, read
 from steer.sites import Site
@@ -23,9 +24,16 @@ if TYPE_CHECKING:
 _NORMS = 64
 
 
-def layer_sites(layer: int | Sequence[int]) -> list[Site]:
-    """The residual stream after one block, or after several."""
-    return [Site("resid_post", at) for at in ([layer] if isinstance(layer, int) else layer)]
+def layer_sites(layer: int | Sequence[int], name: str = "resid_post") -> list[Site]:
+    """A site of one block, or of several, each once; by default the residual stream after the block.
+
+    Raises:
+        SteerError: no block is named, or one by anything but its number.
+    """
+    layers = list(layer) if isinstance(layer, Sequence) else [layer]
+    if not layers or not all(isinstance(at, int) for at in layers):
+        raise SteerError(f"layer={layer!r} names no block, or not by its number; give layer=14, or layer=[8, 14]")
+    return [Site(name, at) for at in dict.fromkeys(layers)]
 
 
 def by_site(values: Mapping[Site, Float[Tensor, " d"]]) -> dict[str, Float[Tensor, " d"]]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _EVERY, _PATIENCE = 5, 20
 
 
+@torch.enable_grad()
 def train_users(
     lm: FrozenLM,
     texts: Sequence[Sequence[Span]],
@@ -86,7 +87,7 @@ def train_users(
             copy[better] = parameter.detach()[better]
 
     keep(0, list(range(len(users))))
-    for step in range(1, max(counts) + 1):
+    for step in range(1, max(counts, default=0) + 1):
         active = [u for u, user in enumerate(users) if step <= user.steps]
         if not active:
             break
@@ -170,7 +171,7 @@ class _Loss:
             tokens[user] += span.end - max(span.start, 1)
         # NaN for users without any text.
         means = torch.zeros(self.users) / (tokens > 0)
-        for part in by_length({i: len(span.ids) for i, (_, span) in enumerate(texts)}, self.batch_tokens):
+        for part in by_length({i: span.end for i, (_, span) in enumerate(texts)}, self.batch_tokens):
             rows = torch.tensor([texts[i][0] for i in part])
             sums, _ = response_losses(self.lm, [texts[i][1] for i in part], self.edits(rows))
             losses = sums / tokens[rows].to(sums)
