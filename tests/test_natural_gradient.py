@@ -198,9 +198,16 @@ def test_the_population_keeps_no_single_text(llama: steer.FrozenLM, histories: l
 
 
 def test_bad_input(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
-    for setting in ({"step": 0}, {"prior": -1.0}, {"prior": float("nan")}):
-        with pytest.raises(steer.SteerError, match="must be positive"):
-            steer.NaturalGradient(layer=1, **setting)
+    for setting, message in (
+        ({"step": 0}, "step=0 is not a positive number"),
+        ({"step": "abc"}, "step='abc' is not"),
+        ({"prior": -1.0}, "prior=-1.0 is not"),
+        ({"prior": float("nan")}, "prior=nan is not"),
+        ({"positions": "reponse"}, "not one of response"),
+        ({"layer": []}, "names no block"),
+    ):
+        with pytest.raises(steer.SteerError, match=message):
+            steer.NaturalGradient(**setting)  # type: ignore[arg-type]
     method = steer.NaturalGradient(layer=1)
     with pytest.raises(steer.SteerError, match="train"):
         method.fit(llama, histories[0])

@@ -28,7 +28,7 @@ import torch
 from steer.errors import SteerError
 from steer.history import History, Record
 from steer.inject import Edit
-from steer.inject.positions import Positions
+from steer.inject.positions import Positions, require_positions
 from steer.likelihood import response_gradients
 from steer.method import Method
 from steer.methods.vectors import by_site, layer_sites, reference_norms, vector_edits
@@ -62,7 +62,7 @@ class NaturalGradient(Method):
         seed: of the texts that make F where there are more than 1,024.
 
     Raises:
-        SteerError: `step` or `prior` is not positive.
+        SteerError: `step` or `prior` is not positive, or there are no such positions or no such layer.
     """
 
     name: ClassVar[str] = "natural_gradient"
@@ -78,8 +78,12 @@ class NaturalGradient(Method):
 
     def __post_init__(self) -> None:
         for name in ("step", "prior"):
-            if not getattr(self, name) > 0:
-                raise SteerError(f"{name}={getattr(self, name)} must be positive")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise SteerError(f"{name}={value!r} is not a positive number")
+        require_positions(self.positions)
+        if self.layer is not None:
+            layer_sites(self.layer)
 
     def sites(self, lm: FrozenLM) -> list[Site]:
         """Where the vectors are read and added."""

@@ -33,7 +33,7 @@ from steer.history import History, Record
 from steer.inject import Edit
 from steer.inject.residual import Positions
 from steer.method import Method
-from steer.methods.vectors import vector_edits
+from steer.methods.vectors import layer_sites, vector_edits
 from steer.neutral import NEUTRAL, Neutral
 from steer.read import Pool, Reading, read, record_span
 from steer.sites import Site
@@ -98,9 +98,8 @@ class StyleVector(Method):
                 raise SteerError(f"{name}={chosen!r} is not one of {', '.join(get_args(choices))}")
         if self.extractor == "logistic" and find_spec("sklearn") is None:
             raise SteerError("extractor='logistic' needs scikit-learn: pip install 'steer-toolkit[extract]'")
-        layers = [self.layer] if isinstance(self.layer, int) else self.layer
-        sites = [Site("resid_post", layer) for layer in layers]
-        sites += [Site.parse(site).canonical() for site in self.sites]
+        layers = [] if isinstance(self.layer, Sequence) and not self.layer else layer_sites(self.layer)
+        sites = layers + [Site.parse(site).canonical() for site in self.sites]
         if not sites:
             raise SteerError("say where to read and to add: layer=14, or sites=['attn_out[3]']")
         self.sites = tuple(dict.fromkeys(sites))
