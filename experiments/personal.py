@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 
 import steer
@@ -37,8 +38,8 @@ from steer.read import Span, record_span
 from steer.score import Scores, UserScore, row_losses
 from steer.state import Artifact, UserState
 
-# Layers of SmolLM2-135M's 30 that style vectors are read at; each is tried alone.
-LAYERS = (14, 23)
+# Where style vectors are read, as shares of a model's layers; each is tried alone. 14 and 23 of SmolLM2-135M's 30.
+DEPTHS = (0.47, 0.77)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Arm:
     Attributes:
         method: its name.
         settings: its hyper-parameters.
+        depths: its layers, as shares of the model's; the method's own choice if empty.
         amounts: strengths, or doses where `dosed`.
         dosed: whether the amounts are in units of the residual norm.
         apart: whether each of the states' sites is tried alone, too many being added otherwise.
@@ -55,17 +57,27 @@ class Arm:
 
     method: str
     settings: Mapping[str, Any]
+    depths: Sequence[float] = ()
     amounts: Sequence[float] = (1.0,)
     dosed: bool = False
     apart: bool = False
 
+    def make(self, lm: steer.FrozenLM) -> Method:
+        """The method, for a model."""
+        layers = {"layer": [round(depth * lm.n_layers) for depth in self.depths]} if self.depths else {}
+        return make_method(self.method, **layers, **self.settings)
+
 
 def _style(**settings: Any) -> Arm:
-    return Arm("style_vector", {"layer": LAYERS, **settings}, (0.05, 0.1), dosed=True, apart=True)
+    return Arm("style_vector", settings, DEPTHS, (0.05, 0.1), dosed=True, apart=True)
 
 
-def _natural(**settings: Any) -> Arm:
-    return Arm("natural_gradient", settings)
+def _natural(*depths: float, **settings: Any) -> Arm:
+    return Arm("natural_gradient", settings, depths)
+
+
+def _trained(**settings: Any) -> Arm:
+    return Arm("trained_vector", {"steps": 12, "batch": 4, **settings}, (0.27, 0.77))
 
 
 ARMS = {
@@ -75,13 +87,13 @@ ARMS = {
     "mean, population": _style(pool="mean", neutral="population"),
     "logistic, population": _style(extractor="logistic", pool="mean", neutral="population"),
     "pca, population": _style(extractor="pca", pool="mean", neutral="population"),
-    "trained": Arm("trained_vector", {"layer": (8, 23), "steps": 12, "batch": 4}),
-    "trained, shared stage": Arm("trained_vector", {"layer": (8, 23), "shared_steps": 24, "steps": 12, "batch": 4}),
+    "trained": _trained(),
+    "trained, shared stage": _trained(shared_steps=24),
     "gradient": _natural(),
-    "gradient, layer 8": _natural(layer=8),
-    "gradient, layer 23": _natural(layer=23),
-    "gradient, layers 8, 23": _natural(layer=(8, 23)),
-    "gradient, layers 4, 10, 16, 21, 26": _natural(layer=(4, 10, 16, 21, 26)),
+    "gradient, a quarter up": _natural(0.27),
+    "gradient, three quarters up": _natural(0.77),
+    "gradient, two layers": _natural(0.27, 0.77),
+    "gradient, five layers": _natural(0.13, 0.33, 0.53, 0.7, 0.87),
     "gradient, step 24": _natural(step=24),
     "gradient, step 40": _natural(step=40),
     "gradient, prior 80,000": _natural(prior=80_000),
@@ -109,7 +121,7 @@ class Setup:
     @classmethod
     def of(cls, histories: Sequence[History], arguments: argparse.Namespace) -> Setup:
         """Of one half of the users: up to 24 records to fit, up to 10, or a third, held out."""
-        ordered = sorted(histories, key=lambda history: hashlib.sha256(history.user_id.encode()).hexdigest())
+        ordered = sorted(histories, key=lambda history: _hash(history.user_id))
         middle = len(ordered) // 2
         half = {"first": ordered[:middle], "second": ordered[middle:], "both": ordered}[arguments.half]
         parts = [history.split(min(10, len(history) // 3), 24) for history in half]
@@ -124,7 +136,7 @@ class Setup:
 
 def run(lm: steer.FrozenLM, setup: Setup, arm: Arm, cache: Cache) -> Iterator[tuple[str, float, Scores]]:
     """Makes everybody's states and scores them: yields where, how strongly, and the scores."""
-    method = make_method(arm.method, **arm.settings)
+    method = arm.make(lm)
     states, artifact = _fit(lm, method, setup.fitted, cache)
     sites = states[0].provenance.sites
     for chosen in [(site,) for site in sites] if arm.apart else [sites]:
@@ -192,36 +204,38 @@ def main() -> None:
     histories = [own for _, own in steer.read_histories(arguments.texts, instruction=arguments.instruction)]
     setup = Setup.of(histories, arguments)
     asked = {key: getattr(arguments, key) for key in ("instruction", "half", "records", "others", "tokens", "model")}
-    asked |= {"texts": _digest(arguments.texts), "users": len(setup.fitted)}
+    asked |= {"texts": _hash(arguments.texts.read_bytes())[:16], "users": len(setup.fitted)}
     done: dict[str, Any] = {"study": asked, "results": []}
     if arguments.out.exists():
         done = json.loads(arguments.out.read_text())
     if done["study"] != asked:
         raise SteerError(f"{arguments.out} is of another study, {done['study']}; give another --out")
-    wanted = {name: _described(ARMS[name]) for name in arguments.arms or ARMS}
+    lm = steer.load(arguments.model)
+    wanted = {name: _described(lm, ARMS[name]) for name in arguments.arms or ARMS}
     known = [(result["arm"], result["settings"]) for result in done["results"]]
     missing = [name for name, settings in wanted.items() if (name, settings) not in known]
-    lm = steer.load(arguments.model)
     cache = Cache(arguments.out.with_suffix(".cache"))
-    for name in track(missing, "arms"):
+    for name in track(missing, "arms", console=Console(stderr=True)):
         done["results"] = [result for result in done["results"] if result["arm"] != name]
         for sites, amount, scores in run(lm, setup, ARMS[name], cache):
             entry = {"arm": name, "settings": wanted[name], "sites": sites, "amount": amount, "totals": scores.totals()}
-            entry["users"] = {score.user: [score.base, score.own, score.other_mean] for score in scores.users}
+            entry["users"] = {
+                _hash(score.user)[:8]: [score.base, score.own, score.other_mean] for score in scores.users
+            }
             done["results"].append(entry)
             print(_line(entry), flush=True)
         _write(arguments.out, done)
 
 
-def _described(arm: Arm) -> dict[str, Any]:
+def _described(lm: steer.FrozenLM, arm: Arm) -> dict[str, Any]:
     """All that an arm's results depend on, with the hyper-parameters that it leaves at their defaults."""
-    method = make_method(arm.method, **arm.settings)
+    method = arm.make(lm)
     settings = {f.name: getattr(method, f.name) for f in fields(method) if f.init}  # type: ignore[arg-type]
     return json.loads(json.dumps({"method": arm.method, **settings, "amounts": arm.amounts}, default=str))
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def _hash(data: str | bytes) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
 def _line(entry: Mapping[str, Any]) -> str:
