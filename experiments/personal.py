@@ -96,10 +96,12 @@ ARMS = {
     "gradient, five layers": _natural(0.13, 0.33, 0.53, 0.7, 0.87),
     "gradient, step 24": _natural(step=24),
     "gradient, step 40": _natural(step=40),
-    "gradient, prior 80,000": _natural(prior=80_000),
-    "gradient, prior 320,000": _natural(prior=320_000),
+    "gradient, damping 1": _natural(damping=1),
+    "gradient, damping 10": _natural(damping=10),
+    "gradient, prior 60,000": _natural(prior=60_000),
+    "gradient, prior 240,000": _natural(prior=240_000),
     # With so long a prior F plays no part: the plain gradient.
-    "gradient, plain": _natural(prior=16_000_000, step=2_800),
+    "gradient, plain": _natural(prior=12_000_000, step=2_800),
 }
 
 

@@ -2,13 +2,13 @@
 
     ∇_i = ∇_δ −log p( y_i | x_i ; h_l(x)_t + δ ) at δ = 0, summed over tokens        t from the last prompt token on
     F   = 1/T · Σ_i ∇_i ∇_iᵀ,   ḡ = 1/T · Σ_i ∇_i                                    over texts of all users
-    P_n = (F + T₀/n · tr(F)/d · I)⁻¹                                                 as much as n tokens can tell
+    P_n = (F + (λ + T₀/n) · tr(F)/d · I)⁻¹                                           as much as n tokens can tell
     v_u = −step/√L · ( P_T ḡ + P_{T_u} (1/T_u · Σ_i ∇_i − ḡ) )                       over the user's texts
     h'_l(x)_t = h_l(x)_t + α · v_u
 
 where T_u are the user's tokens and T everybody's. F is the empirical Fisher information, and both steps are those of
 Amari, "Natural Gradient Works Efficiently in Learning", Neural Computation 10 (1998), for a constant offset of the
-residual stream, each towards where n tokens and a Gaussian prior worth T₀ of them would have it. They take one forward
+residual stream, each as far as n tokens against a Gaussian prior worth T₀ of them allow. They take one forward
 and one backward pass for a text, where training a vector (`trained_vector.py`) takes many. Directions in which texts
 differ for all kinds of reasons have large gradients of either sign and are damped by F⁻¹; what is left is more of the
 person than a difference of means has. The first step is what all have in common, the genre, the second the user's own
@@ -56,20 +56,22 @@ class NaturalGradient(Method):
     Args:
         layer: after which block, or blocks, to read and to add; if None three, at a quarter, a half and three quarters.
         step: length of the steps; F overestimates the curvature, so that 1 falls far short.
-        prior: T₀, in tokens: what holds the vector back. A user, or a population, goes the further the more it wrote.
+        damping: λ, which bounds the steps however much is known.
+        prior: T₀, in tokens: somebody who wrote little goes less far.
         positions: from which position on the vector is added, in reading as in steering.
         max_tokens: longer texts are cut.
         seed: of the texts that make F where there are more than 1,024.
 
     Raises:
-        SteerError: `step` or `prior` is not positive, or there are no such positions or no such layer.
+        SteerError: `step`, `damping` or `prior` is not positive, or there are no such positions or no such layer.
     """
 
     name: ClassVar[str] = "natural_gradient"
 
     layer: int | Sequence[int] | None = None
     step: float = 28.0
-    prior: float = 160_000.0
+    damping: float = 4.0
+    prior: float = 120_000.0
     positions: Positions = "response"
     max_tokens: int = 512
     seed: int = 0
@@ -77,7 +79,7 @@ class NaturalGradient(Method):
     _known: dict[tuple[FrozenLM, History], _Sums] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("step", "prior"):
+        for name in ("step", "damping", "prior"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
                 raise SteerError(f"{name}={value!r} is not a positive number")
@@ -219,7 +221,7 @@ class NaturalGradient(Method):
         return vector_edits(states, like)
 
     def _settings(self, artifact: Artifact) -> dict[str, Any]:
-        chosen = {key: getattr(self, key) for key in ("step", "prior", "positions", "max_tokens")}
+        chosen = {key: getattr(self, key) for key in ("step", "damping", "prior", "positions", "max_tokens")}
         return chosen | {"population": artifact.hash}
 
     def _population(self, lm: FrozenLM) -> Artifact:
@@ -265,13 +267,16 @@ class NaturalGradient(Method):
             self.artifact.tensors[f"{site}.{part}"].double() for part in ("mean", "directions", "variances")
         )
         fisher = Fisher(directions, variances)
-        return mean, fisher, fisher.solve(mean, self.prior / self.artifact.settings["tokens"])
+        return mean, fisher, fisher.solve(mean, self._damping(self.artifact.settings["tokens"]))
+
+    def _damping(self, tokens: int) -> float:
+        return self.damping + self.prior / tokens
 
     def _vectors(self, sums: _Sums) -> dict[Site, Float[Tensor, " d"]]:
         vectors = {}
         for site, gradient in sums.gradients.items():
             mean, fisher, common = self._shared(site)
-            own = fisher.solve(gradient / sums.tokens - mean, self.prior / sums.tokens)
+            own = fisher.solve(gradient / sums.tokens - mean, self._damping(sums.tokens))
             vectors[site] = -self.step / len(sums.gradients) ** 0.5 * (common + own)
         return vectors
 
@@ -282,7 +287,7 @@ class NaturalGradient(Method):
         for site in sites:
             mean, fisher, common = self._shared(site)
             own = -state.tensors[str(site)].double() * len(sites) ** 0.5 / self.step - common
-            gradients[site] = tokens * (fisher.times(own, self.prior / tokens) + mean)
+            gradients[site] = tokens * (fisher.times(own, self._damping(tokens)) + mean)
         return _Sums(gradients, tokens)
 
     def _combined(
