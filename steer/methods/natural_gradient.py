@@ -163,7 +163,7 @@ class NaturalGradient(Method):
         cache: Cache | None = None,
     ) -> list[UserState]:
         """Reads many users' vectors, with texts of several users in a batch; each is what `fit` gives, to rounding."""
-        artifact = self._population(lm)
+        artifact, shared = self._population(lm), self._shared(lm)
         if empty := [history for history in histories if not len(history)]:
             raise SteerError(f"{empty[0].user_id!r} has no records to read a gradient from")
         known = {i: self._known.pop((lm, h)) for i, h in enumerate(histories) if (lm, h) in self._known}
@@ -181,7 +181,7 @@ class NaturalGradient(Method):
                     settings=self._settings(artifact),
                     calibration={"reference_norm": artifact.settings["reference_norm"], "tokens": own.tokens},
                 ),
-                tensors=by_site(self._vectors(own)),
+                tensors=by_site(self._vectors(own, shared)),
             )
             for history, own in zip(histories, sums, strict=True)
         ]
@@ -260,34 +260,35 @@ class NaturalGradient(Method):
         spans = [record_span(lm, record, max_tokens=self.max_tokens) for records in users for record in records]
         return _by_user(users, *self._gradients(lm, spans, on_progress, cache))
 
-    def _shared(self, site: Site) -> tuple[Float[Tensor, " d"], Fisher, Float[Tensor, " d"]]:
-        """The population's mean gradient, its Fisher information, and the step that is common to all."""
-        assert self.artifact is not None
-        mean, directions, variances = (
-            self.artifact.tensors[f"{site}.{part}"].double() for part in ("mean", "directions", "variances")
-        )
-        fisher = Fisher(directions, variances)
-        return mean, fisher, fisher.solve(mean, self._damping(self.artifact.settings["tokens"]))
+    def _shared(self, lm: FrozenLM) -> dict[Site, _Shared]:
+        """What all users of the population have in common, at each site."""
+        artifact, shared = self._population(lm), {}
+        for site in self.sites(lm):
+            mean, directions, variances = (
+                artifact.tensors[f"{site}.{part}"].double() for part in ("mean", "directions", "variances")
+            )
+            fisher = Fisher(directions, variances)
+            shared[site] = _Shared(mean, fisher, fisher.solve(mean, self._damping(artifact.settings["tokens"])))
+        return shared
 
     def _damping(self, tokens: int) -> float:
         return self.damping + self.prior / tokens
 
-    def _vectors(self, sums: _Sums) -> dict[Site, Float[Tensor, " d"]]:
-        vectors = {}
-        for site, gradient in sums.gradients.items():
-            mean, fisher, common = self._shared(site)
-            own = fisher.solve(gradient / sums.tokens - mean, self._damping(sums.tokens))
-            vectors[site] = -self.step / len(sums.gradients) ** 0.5 * (common + own)
-        return vectors
+    def _vectors(self, sums: _Sums, shared: Mapping[Site, _Shared]) -> dict[Site, Float[Tensor, " d"]]:
+        length, damping = self.step / len(shared) ** 0.5, self._damping(sums.tokens)
+        return {
+            site: -length
+            * (common.step + common.fisher.solve(sums.gradients[site] / sums.tokens - common.mean, damping))
+            for site, common in shared.items()
+        }
 
-    def _sums_of(self, lm: FrozenLM, state: UserState) -> _Sums:
+    def _sums_of(self, state: UserState, shared: Mapping[Site, _Shared]) -> _Sums:
         """What the state was made of: the inverse of `_vectors`."""
-        sites, tokens = self.sites(lm), state.provenance.calibration["tokens"]
+        length, tokens = self.step / len(shared) ** 0.5, state.provenance.calibration["tokens"]
         gradients = {}
-        for site in sites:
-            mean, fisher, common = self._shared(site)
-            own = -state.tensors[str(site)].double() * len(sites) ** 0.5 / self.step - common
-            gradients[site] = tokens * (fisher.times(own, self._damping(tokens)) + mean)
+        for site, common in shared.items():
+            own = -state.tensors[str(site)].double() / length - common.step
+            gradients[site] = tokens * (common.fisher.times(own, self._damping(tokens)) + common.mean)
         return _Sums(gradients, tokens)
 
     def _combined(
@@ -302,13 +303,15 @@ class NaturalGradient(Method):
         if len({record.user_id for record in records}) > 1:
             raise SteerError("these records are of several users; a state is of one")
         (new,) = self._read(lm, [records])
-        old = self._sums_of(lm, state)
+        shared = self._shared(lm)
+        old = self._sums_of(state, shared)
         sums = _Sums(
             {site: combine(gradient, new.gradients[site]) for site, gradient in old.gradients.items()},
             combine(old.tokens, new.tokens),
         )
         calibration = dict(state.provenance.calibration) | {"tokens": sums.tokens}
-        return UserState(replace(state.provenance, records=ids, calibration=calibration), by_site(self._vectors(sums)))
+        vectors = self._vectors(sums, shared)
+        return UserState(replace(state.provenance, records=ids, calibration=calibration), by_site(vectors))
 
     def _require_own(self, lm: FrozenLM, state: UserState) -> None:
         """Raises SteerError unless the state is what `fit` of this very method could have given."""
@@ -318,6 +321,15 @@ class NaturalGradient(Method):
         if different := [pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1]]:
             there, here = different[0]
             raise SteerError(f"the state was not fitted by this method as it is now: {there} there, {here} here")
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """The population's mean gradient, its Fisher information, and the step that is common to all, at one site."""
+
+    mean: Float[Tensor, " d"]
+    fisher: Fisher
+    step: Float[Tensor, " d"]
 
 
 @dataclass(frozen=True)
