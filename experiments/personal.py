@@ -101,7 +101,7 @@ ARMS = {
     "gradient, prior 60,000": _natural(prior=60_000),
     "gradient, prior 240,000": _natural(prior=240_000),
     # With so long a prior F plays no part: the plain gradient.
-    "gradient, plain": _natural(prior=12_000_000, step=2_800),
+    "gradient, plain": Arm("natural_gradient", {"prior": 12_000_000, "step": 2_800}, amounts=(0.03, 0.1, 0.3)),
 }
 
 
