@@ -266,7 +266,7 @@ def _report(paths: Sequence[Path], plot: Path | None) -> None:
 
 
 def _plot(studies: Mapping[str, Any], target: Path) -> None:
-    """Each arm's best point of every study: how much its states help, against how personal they are."""
+    """How much states help, against how personal they are; states that do more than a little harm are left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * len(studies), 5), layout="constrained")
@@ -280,10 +280,10 @@ def _plot(studies: Mapping[str, Any], target: Path) -> None:
                 for key in ("own_minus_base", "own_minus_other")
             )
             axes.plot(own, gap, "osD^vP*X"[i % 8], color=f"C{i % 10}", label=arm, alpha=0.8)
+        axes.set_xlim(right=0.05)
         axes.set(title=name, xlabel="own − base (nats per token; left is better)")
         axes.set_ylabel("own − others (nats per token; down is more personal)")
-        if place == 1:
-            axes.legend(fontsize=7)
+        axes.legend(fontsize=7)
     figure.savefig(target, dpi=150)
 
 
