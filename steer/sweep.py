@@ -53,8 +53,7 @@ def sweep(
 
     Raises:
         SteerError: there is nothing to score or no amount to score at, a record was among those that its user's state
-            was fitted on, the states are of several kinds, or one of their sites has no
-            edit.
+            was fitted on, the states are of several kinds, or one of their sites has no edit.
     """
     histories = [history for history in histories if len(history)]
     if not histories:

@@ -31,7 +31,15 @@ from steer.inject import Edit
 from steer.inject.positions import Positions, require_positions
 from steer.likelihood import response_gradients
 from steer.method import Method
-from steer.methods.vectors import by_site, layer_sites, reference_norms, vector_edits
+from steer.methods.vectors import (
+    by_site,
+    ids_left,
+    ids_of_new,
+    layer_sites,
+    reference_norms,
+    require_equal,
+    vector_edits,
+)
 from steer.read import Span, record_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
@@ -192,9 +200,7 @@ class NaturalGradient(Method):
         Raises:
             SteerError: a record is in the state already, or the state is not of this method with these settings.
         """
-        ids = [record.id for record in new_records]
-        if twice := [id for i, id in enumerate(ids) if id in state.provenance.records or id in ids[:i]]:
-            raise SteerError(f"record {twice[0]!r} is in the state already, and would count twice")
+        ids = ids_of_new(new_records, state.provenance.records)
         return self._combined(lm, state, new_records, (*state.provenance.records, *ids), operator.add)
 
     def remove(self, lm: FrozenLM, state: UserState, old_records: Sequence[Record]) -> UserState:
@@ -205,12 +211,7 @@ class NaturalGradient(Method):
         Raises:
             SteerError: a record is not in the state, or none would be left; else as for `update`.
         """
-        ids = {record.id for record in old_records}
-        if strange := ids - set(state.provenance.records):
-            raise SteerError(f"record {min(strange)!r} is not in the state, so it cannot be taken out")
-        left = tuple(id for id in state.provenance.records if id not in ids)
-        if not left:
-            raise SteerError("no record would be left; delete the state instead")
+        left = ids_left(state.provenance.records, old_records)
         return self._combined(lm, state, list({r.id: r for r in old_records}.values()), left, operator.sub)
 
     @classmethod
@@ -318,9 +319,7 @@ class NaturalGradient(Method):
         artifact, source = self._population(lm), state.provenance
         theirs = (source.method, source.model, source.sites, dict(source.settings))
         ours = (self.name, lm.fingerprint, tuple(map(str, self.sites(lm))), self._settings(artifact))
-        if different := [pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1]]:
-            there, here = different[0]
-            raise SteerError(f"the state was not fitted by this method as it is now: {there} there, {here} here")
+        require_equal(theirs, ours)
 
 
 @dataclass(frozen=True)

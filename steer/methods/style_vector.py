@@ -16,7 +16,6 @@ import heapq
 import math
 import operator
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -31,9 +30,9 @@ from steer.encoders import Moments, logistic_direction, principal_direction
 from steer.errors import SteerError
 from steer.history import History, Record
 from steer.inject import Edit
-from steer.inject.residual import Positions
+from steer.inject.positions import Positions, require_positions
 from steer.method import Method
-from steer.methods.vectors import layer_sites, vector_edits
+from steer.methods.vectors import ids_left, ids_of_new, layer_sites, require_equal, vector_edits
 from steer.neutral import NEUTRAL, Neutral
 from steer.read import Pool, Reading, read, record_span
 from steer.sites import Site
@@ -93,7 +92,8 @@ class StyleVector(Method):
 
     def __post_init__(self) -> None:
         Neutral(self.neutral, self.neutral_tokens)
-        for name, choices in (("pool", Pool), ("positions", Positions), ("extractor", Extractor)):
+        require_positions(self.positions)
+        for name, choices in (("pool", Pool), ("extractor", Extractor)):
             if (chosen := getattr(self, name)) not in get_args(choices):
                 raise SteerError(f"{name}={chosen!r} is not one of {', '.join(get_args(choices))}")
         if self.extractor == "logistic" and find_spec("sklearn") is None:
@@ -202,10 +202,7 @@ class StyleVector(Method):
                 extractor is not "mean".
         """
         self._require_own(lm, state)
-        known = {*state.provenance.records, *_left_out(state)}
-        ids = [record.id for record in new_records]
-        if twice := [id for id, times in Counter(ids).items() if id in known or times > 1]:
-            raise SteerError(f"record {twice[0]!r} is in the state already, and would count twice")
+        ids_of_new(new_records, {*state.provenance.records, *_left_out(state)})
         tensors, norms, read_now = self._combined(lm, state, new_records, operator.add)
         records = (*state.provenance.records, *read_now.records)
         calibration = _calibration(norms, (*_left_out(state), *read_now.left_out))
@@ -221,11 +218,7 @@ class StyleVector(Method):
         """
         self._require_own(lm, state)
         ids, left_out = {record.id for record in old_records}, _left_out(state)
-        if strange := ids - {*state.provenance.records, *left_out}:
-            raise SteerError(f"record {min(strange)!r} is not in the state, so it cannot be taken out")
-        records = tuple(id for id in state.provenance.records if id not in ids)
-        if not records:
-            raise SteerError("no record would be left; delete the state instead")
+        records = ids_left(state.provenance.records, old_records, left_out)
         counted = {record.id: record for record in old_records if record.id not in left_out}
         tensors, norms, read_now = self._combined(lm, state, list(counted.values()), operator.sub)
         if read_now.left_out:
@@ -395,9 +388,7 @@ class StyleVector(Method):
         # Where a vector is added plays no part in what it is.
         theirs = (source.method, source.model, source.sites, {**source.settings, "positions": self.positions})
         ours = (self.name, lm.fingerprint, tuple(str(site) for site in self._sites), self._settings)
-        if different := [pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1]]:
-            there, here = different[0]
-            raise SteerError(f"the state was not fitted by this method as it is now: {there} there, {here} here")
+        require_equal(theirs, ours)
 
     def _require_population(self, lm: FrozenLM) -> None:
         if self.artifact is not None:

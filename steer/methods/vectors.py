@@ -1,13 +1,15 @@
-"""States that are one vector at each of some sites: how they are written down and bound."""
+"""States that are one vector at each of some sites: how they are written down, bound, and follow their users."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from steer.errors import SteerError
+from steer.history import Record
 from steer.inject import Edit, ResidualEdit
 from steer.read import Span, read
 from steer.sites import Site
@@ -73,3 +75,33 @@ def _edit(site: str, states: Sequence[UserState | None], like: UserState, artifa
         positions=like.provenance.settings["positions"],
         reference_norms=torch.tensor(norms),
     )
+
+
+def ids_of_new(records: Sequence[Record], known: Collection[str]) -> tuple[str, ...]:
+    """Ids of records that come to a state. Raises SteerError for one that is among the known, or comes twice."""
+    ids = tuple(record.id for record in records)
+    if twice := [id for id, times in Counter(ids).items() if id in known or times > 1]:
+        raise SteerError(f"record {twice[0]!r} is in the state already, and would count twice")
+    return ids
+
+
+def ids_left(counted: Sequence[str], records: Sequence[Record], left_out: Collection[str] = ()) -> tuple[str, ...]:
+    """Which of the ids that count stay in a state when some records go.
+
+    Raises:
+        SteerError: a record is neither among those that count nor among those left out, or none would be left.
+    """
+    going = {record.id for record in records}
+    if strange := going - {*counted, *left_out}:
+        raise SteerError(f"record {min(strange)!r} is not in the state, so it cannot be taken out")
+    left = tuple(id for id in counted if id not in going)
+    if not left:
+        raise SteerError("no record would be left; delete the state instead")
+    return left
+
+
+def require_equal(theirs: Sequence[Any], ours: Sequence[Any]) -> None:
+    """Raises SteerError, naming the first difference, unless a state was fitted as the method would fit it now."""
+    if different := [pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1]]:
+        there, here = different[0]
+        raise SteerError(f"the state was not fitted by this method as it is now: {there} there, {here} here")
