@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from rich.progress import track
 
 import steer
 from steer.cache import Cache
+from steer.cli import results
 from steer.errors import SteerError
 from steer.history import History
 from steer.method import Method, make_method
@@ -212,6 +212,8 @@ def main() -> None:
         done = json.loads(arguments.out.read_text())
     if done["study"] != asked:
         raise SteerError(f"{arguments.out} is of another study, {done['study']}; give another --out")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    results.require_writable(arguments.out)
     lm = steer.load(arguments.model)
     wanted = {name: _described(lm, ARMS[name]) for name in arguments.arms or ARMS}
     known = [(result["arm"], result["settings"]) for result in done["results"]]
@@ -226,7 +228,7 @@ def main() -> None:
             }
             done["results"].append(entry)
             print(_line(entry), flush=True)
-        _write(arguments.out, done)
+        results.write(arguments.out, done)
 
 
 def _described(lm: steer.FrozenLM, arm: Arm) -> dict[str, Any]:
@@ -285,13 +287,6 @@ def _plot(studies: Mapping[str, Any], target: Path) -> None:
         axes.set_ylabel("own − others (nats per token; down is more personal)")
         axes.legend(fontsize=7)
     figure.savefig(target, dpi=150)
-
-
-def _write(target: Path, data: Mapping[str, Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_suffix(".tmp")
-    draft.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-    os.replace(draft, target)
 
 
 def _parse() -> argparse.Namespace:
