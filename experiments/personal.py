@@ -26,15 +26,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 import steer
 from steer.cache import Cache
 from steer.cli import results
+from steer.encoders import Moments
 from steer.errors import SteerError
 from steer.history import History
 from steer.method import Method, make_method
 from steer.plan import edits_of
-from steer.read import Span, record_span
+from steer.read import Span, read, record_span
 from steer.score import Scores, UserScore, row_losses
 from steer.state import Artifact, UserState
 
@@ -53,6 +55,7 @@ class Arm:
         amounts: strengths, or doses where `dosed`.
         dosed: whether the amounts are in units of the residual norm.
         apart: whether each of the states' sites is tried alone, too many being added otherwise.
+        whitened: whether vectors are divided by the covariance of all users' texts, at the length that they had.
     """
 
     method: str
@@ -61,6 +64,7 @@ class Arm:
     amounts: Sequence[float] = (1.0,)
     dosed: bool = False
     apart: bool = False
+    whitened: bool = False
 
     def make(self, lm: steer.FrozenLM) -> Method:
         """The method, for a model."""
@@ -68,8 +72,8 @@ class Arm:
         return make_method(self.method, **layers, **self.settings)
 
 
-def _style(**settings: Any) -> Arm:
-    return Arm("style_vector", settings, DEPTHS, (0.05, 0.1), dosed=True, apart=True)
+def _style(whitened: bool = False, **settings: Any) -> Arm:
+    return Arm("style_vector", settings, DEPTHS, (0.05, 0.1), dosed=True, apart=True, whitened=whitened)
 
 
 def _natural(*depths: float, **settings: Any) -> Arm:
@@ -85,6 +89,7 @@ ARMS = {
     "last, population": _style(pool="last", neutral="population"),
     "mean, model": _style(pool="mean", neutral="model"),
     "mean, population": _style(pool="mean", neutral="population"),
+    "mean, population, whitened": _style(whitened=True, pool="mean", neutral="population"),
     "logistic, population": _style(extractor="logistic", pool="mean", neutral="population"),
     "pca, population": _style(extractor="pca", pool="mean", neutral="population"),
     "trained": _trained(),
@@ -98,10 +103,15 @@ ARMS = {
     "gradient, step 40": _natural(step=40),
     "gradient, damping 1": _natural(damping=1),
     "gradient, damping 10": _natural(damping=10),
+    "gradient, one step length": _natural(common_step=32, common_damping=1),
     "gradient, prior 60,000": _natural(prior=60_000),
     "gradient, prior 240,000": _natural(prior=240_000),
-    # With so long a prior F plays no part: the plain gradient.
-    "gradient, plain": Arm("natural_gradient", {"prior": 12_000_000, "step": 2_800}, amounts=(0.03, 0.1, 0.3)),
+    # With so much damping F plays no part: the plain gradient.
+    "gradient, plain": Arm(
+        "natural_gradient",
+        {"step": 1e5, "damping": 1e5, "prior": 1, "common_step": 1e5, "common_damping": 1},
+        amounts=(0.1, 0.3, 1),
+    ),
 }
 
 
@@ -140,6 +150,8 @@ def run(lm: steer.FrozenLM, setup: Setup, arm: Arm, cache: Cache) -> Iterator[tu
     """Makes everybody's states and scores them: yields where, how strongly, and the scores."""
     method = arm.make(lm)
     states, artifact = _fit(lm, method, setup.fitted, cache)
+    if arm.whitened:
+        states = _whitened(lm, states, setup.fitted, cache)
     sites = states[0].provenance.sites
     for chosen in [(site,) for site in sites] if arm.apart else [sites]:
         table = _score(lm, setup, [_at(state, chosen) for state in states], artifact, arm)
@@ -153,6 +165,25 @@ def _fit(
     kept: dict[str, Any] = {"cache": cache} if isinstance(method, steer.StyleVector | steer.NaturalGradient) else {}
     artifact = method.train(lm, histories, **kept)
     return method.fit_many(lm, histories, **kept), artifact
+
+
+def _whitened(
+    lm: steer.FrozenLM, states: Sequence[UserState], histories: Sequence[History], cache: Cache
+) -> list[UserState]:
+    """Fisher's linear discriminant in place of the difference of means: v ← (Σ + 0.1 · tr(Σ)/d · I)⁻¹ v."""
+    spans = [record_span(lm, record) for history in histories for record in history]
+    readings = read(
+        lm, spans, [steer.Site.parse(site) for site in states[0].provenance.sites], pool="mean", cache=cache
+    )
+    solved: list[dict[str, Tensor]] = [{} for _ in states]
+    for site, reading in readings.items():
+        covariance = Moments.of(reading.pooled, covariance=True).covariance
+        ridge = 0.1 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
+        vectors = torch.stack([state.tensors[str(site)].double() for state in states])
+        directions = torch.nn.functional.normalize(torch.linalg.solve(covariance + ridge, vectors.T).T, dim=1)
+        for tensors, vector in zip(solved, directions * vectors.norm(dim=1, keepdim=True), strict=True):
+            tensors[str(site)] = vector.float()
+    return [UserState(state.provenance, tensors) for state, tensors in zip(states, solved, strict=True)]
 
 
 def _at(state: UserState, sites: Sequence[str]) -> UserState:
@@ -235,7 +266,10 @@ def _described(lm: steer.FrozenLM, arm: Arm) -> dict[str, Any]:
     """All that an arm's results depend on, with the hyper-parameters that it leaves at their defaults."""
     method = arm.make(lm)
     settings = {f.name: getattr(method, f.name) for f in fields(method) if f.init}  # type: ignore[arg-type]
-    return json.loads(json.dumps({"method": arm.method, **settings, "amounts": arm.amounts}, default=str))
+    described = {"method": arm.method, **settings, "amounts": arm.amounts}
+    if arm.whitened:
+        described["whitened"] = True
+    return json.loads(json.dumps(described, default=str))
 
 
 def _hash(data: str | bytes) -> str:

@@ -1,5 +1,13 @@
 """Activation steering and soft prompts that make a frozen language model write like a particular person."""
 
+from importlib.util import find_spec
+
+if find_spec("steer.kernels") is None:
+    raise ImportError(
+        "this is the source folder of steer, not the package: run `python -P`, or start in another folder than the "
+        "checkout's root. If steer is not installed: pip install -c constraints.txt ."
+    )
+
 from steer.architectures import Architecture, register_architecture
 from steer.bank import Bank
 from steer.errors import SteerError, UnknownUser

@@ -63,7 +63,8 @@ def test_fisher_information_is_as_in_numpy(texts: int, width: int) -> None:
 
 
 def test_vectors_are_what_the_equation_says(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
-    method = steer.NaturalGradient(layer=[0, 1], step=7.0, damping=2.0, prior=500.0)
+    numbers = {"step": 7.0, "damping": 2.0, "prior": 500.0, "common_step": 5.0, "common_damping": 3.0}
+    method = steer.NaturalGradient(layer=[0, 1], **numbers)
     artifact = method.train(llama, histories)
     state = method.fit(llama, histories[0])
     spans = [record_span(llama, record) for history in histories for record in history]
@@ -73,9 +74,9 @@ def test_vectors_are_what_the_equation_says(llama: steer.FrozenLM, histories: li
         fisher, mean = g.T @ g / t.sum(), g.sum(0) / t.sum()
         ridge = np.trace(fisher) / len(fisher) * np.eye(len(fisher))
         own = g[:n].sum(0) / t[:n].sum() - mean
-        steps = np.linalg.solve(fisher + (2 + 500 / t.sum()) * ridge, mean)
-        steps += np.linalg.solve(fisher + (2 + 500 / t[:n].sum()) * ridge, own)
-        expected = torch.tensor(-7 / 2**0.5 * steps)
+        steps = 5 * np.linalg.solve(fisher + 3 * (2 + 500 / t.sum()) * ridge, mean)
+        steps += 7 * np.linalg.solve(fisher + (2 + 500 / t[:n].sum()) * ridge, own)
+        expected = torch.tensor(-steps / 2**0.5)
         assert_close(state.tensors[str(site)].double(), expected)
     assert state.provenance.calibration["tokens"] == t[:n].sum()
     assert artifact.settings["tokens"] == t.sum()
@@ -203,6 +204,8 @@ def test_bad_input(llama: steer.FrozenLM, histories: list[steer.History]) -> Non
         ({"step": "abc"}, "step='abc' is not"),
         ({"prior": -1.0}, "prior=-1.0 is not"),
         ({"damping": 0.0}, "damping=0.0 is not"),
+        ({"common_step": -5}, "common_step=-5 is not"),
+        ({"common_damping": float("inf")}, "common_damping=inf is not"),
         ({"prior": float("nan")}, "prior=nan is not"),
         ({"positions": "reponse"}, "not one of response"),
         ({"layer": []}, "names no block"),

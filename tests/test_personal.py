@@ -38,11 +38,12 @@ def test_arms_are_scored_once_and_reported(
     study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = tmp_path / "out" / "s.json"
-    run(monkeypatch, *study, "--arms", "mean, population", "gradient")
+    ways = ["mean, population", "mean, population, whitened", "gradient"]
+    run(monkeypatch, *study, "--arms", *ways)
     first = json.loads(result.read_text())
     points = [(entry["arm"], entry["sites"], entry["amount"]) for entry in first["results"]]
     assert points == [
-        *(("mean, population", f"resid_post[{layer}]", dose) for layer in (1, 2) for dose in (0.05, 0.1)),
+        *((way, f"resid_post[{layer}]", dose) for way in ways[:2] for layer in (1, 2) for dose in (0.05, 0.1)),
         ("gradient", "resid_post[1] resid_post[2]", 1.0),
     ]
     for entry in first["results"]:
@@ -50,8 +51,9 @@ def test_arms_are_scored_once_and_reported(
         assert not set(entry["users"]) & set(WORDS)
         base, own, _ = next(iter(entry["users"].values()))
         assert base != own
+    assert first["results"][0]["users"] != first["results"][4]["users"]
     monkeypatch.setattr(personal, "run", None)
-    run(monkeypatch, *study, "--arms", "mean, population", "gradient")
+    run(monkeypatch, *study, "--arms", *ways)
     assert json.loads(result.read_text()) == first
     capsys.readouterr()
     run(monkeypatch, "--report", str(result), "--plot", str(tmp_path / "plot.png"))

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DEFAULT = "natural_gradient"
 # Users who are read together, and stored at once.
 _USERS = 256
+# Below this share of the residual norm nobody sees a vector at work.
+_FAINT = 0.02
 
 
 def extract(
@@ -150,7 +152,8 @@ def extract(
             store.update({(key, name): state for key, state in zip(some, fitted, strict=True)})
             rows |= {key: _to_json(state) for key, state in zip(some, fitted, strict=True)}
     if as_json:
-        print(json.dumps({"model": model, "bank": str(bank), "name": name, "users": rows}, ensure_ascii=False))
+        result = {"model": model, "bank": str(bank), "name": name, "method": fitting.name, "users": rows}
+        print(json.dumps(result, ensure_ascii=False))
         return
     table = Table("user", "records", "site", "‖v‖", "dose of strength 1", box=None)
     for key, row in rows.items():
@@ -158,7 +161,13 @@ def extract(
             dose = "" if numbers["dose"] is None else f"{numbers['dose']:.3f}"
             table.add_row(key, str(row["records"]), at, f"{numbers['norm']:.4g}", dose)
     options.out.print(table)
-    options.err.print(f"{len(rows)} states named {name!r} in {bank}")
+    options.err.print(f"{len(rows)} states of {fitting.name} named {name!r} in {bank}")
+    doses = [numbers["dose"] for row in rows.values() for numbers in row["sites"].values() if numbers["dose"]]
+    if doses and max(doses) < _FAINT:
+        options.err.print(
+            "These vectors are too short for strength 1 to show, as there was little to read. "
+            "Generate with more, such as --dose 0.1, or read them with --method style-vector."
+        )
 
 
 def _method(name: str | None, settings: dict[str, Any], of_style: dict[str, Any], paper: bool) -> Method:

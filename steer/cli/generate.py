@@ -64,6 +64,10 @@ def generate(
         float | None,
         typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.", show_default=False),
     ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Makes tokens that are there already less likely; 1 is none.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(help="For sampling; row r draws from seed + r.")] = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
@@ -107,6 +111,8 @@ def generate(
         "dose": dose,
         **_sampling(temperature, top_p, seed, len(rows)),
     }
+    if repetition_penalty is not None:
+        arguments["repetition_penalty"] = repetition_penalty
     if store is not None:
         arguments |= {
             "bank": store,

@@ -2,22 +2,23 @@
 
     ∇_i = ∇_δ −log p( y_i | x_i ; h_l(x)_t + δ ) at δ = 0, summed over tokens        t from the last prompt token on
     F   = 1/T · Σ_i ∇_i ∇_iᵀ,   ḡ = 1/T · Σ_i ∇_i                                    over texts of all users
-    P_n = (F + (λ + T₀/n) · tr(F)/d · I)⁻¹                                           as much as n tokens can tell
-    v_u = −step/√L · ( P_T ḡ + P_{T_u} (1/T_u · Σ_i ∇_i − ḡ) )                       over the user's texts
+    P_n(k) = (F + k · (λ + T₀/n) · tr(F)/d · I)⁻¹                                    F⁻¹, as far as n tokens tell
+    v_u = −1/√L · ( a · P_T(c) ḡ + b · P_{T_u}(1) (1/T_u · Σ_i ∇_i − ḡ) )            over the user's texts
     h'_l(x)_t = h_l(x)_t + α · v_u
 
 where T_u are the user's tokens and T everybody's. F is the empirical Fisher information, and both steps are those of
 Amari, "Natural Gradient Works Efficiently in Learning", Neural Computation 10 (1998), for a constant offset of the
-residual stream, each as far as n tokens against a Gaussian prior worth T₀ of them allow. They take one forward
-and one backward pass for a text, where training a vector (`trained_vector.py`) takes many. Directions in which texts
-differ for all kinds of reasons have large gradients of either sign and are damped by F⁻¹; what is left is more of the
-person than a difference of means has. The first step is what all have in common, the genre, the second the user's own
-part: known from fewer texts, it stays shorter. At each of L layers the step is made as if there were no other, and
-shortened.
+residual stream, each as far as n tokens against a Gaussian prior worth T₀ of them allow. They take one forward and one
+backward pass for a text, where training a vector (`trained_vector.py`) takes many. Directions in which texts differ
+for all kinds of reasons have large gradients of either sign and are damped by F⁻¹; what is left is more of the person
+than a difference of means has. The first step is what all have in common, the genre; longer and more damped, it goes
+further. The second is the user's own part: known from fewer texts, it stays shorter. At each of L layers the steps are
+made as if there were no other, and shortened.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 
 # Texts whose gradients make F, at most.
 _SAMPLE = 1024
+# The hyper-parameters that are positive numbers.
+_LENGTHS = ("step", "damping", "prior", "common_step", "common_damping")
 # Layers 8, 16 and 23 of SmolLM2's 30.
 _DEPTHS = (0.27, 0.53, 0.77)
 
@@ -63,23 +66,27 @@ class NaturalGradient(Method):
 
     Args:
         layer: after which block, or blocks, to read and to add; if None three, at a quarter, a half and three quarters.
-        step: length of the steps; F overestimates the curvature, so that 1 falls far short.
+        step: b, the length of the user's own step; F overestimates the curvature, so that 1 falls far short.
         damping: λ, which bounds the steps however much is known.
         prior: T₀, in tokens: somebody who wrote little goes less far.
+        common_step: a, the length of the step that all have in common.
+        common_damping: c, how many times as much that step is damped.
         positions: from which position on the vector is added, in reading as in steering.
         max_tokens: longer texts are cut.
         seed: of the texts that make F where there are more than 1,024.
 
     Raises:
-        SteerError: `step`, `damping` or `prior` is not positive, or there are no such positions or no such layer.
+        SteerError: a step, a damping or the prior is not positive, or there are no such positions or no such layer.
     """
 
     name: ClassVar[str] = "natural_gradient"
 
     layer: int | Sequence[int] | None = None
-    step: float = 28.0
+    step: float = 32.0
     damping: float = 4.0
     prior: float = 120_000.0
+    common_step: float = 80.0
+    common_damping: float = 15.0
     positions: Positions = "response"
     max_tokens: int = 512
     seed: int = 0
@@ -87,9 +94,9 @@ class NaturalGradient(Method):
     _known: dict[tuple[FrozenLM, History], _Sums] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("step", "damping", "prior"):
+        for name in _LENGTHS:
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise SteerError(f"{name}={value!r} is not a positive number")
         require_positions(self.positions)
         if self.layer is not None:
@@ -222,7 +229,7 @@ class NaturalGradient(Method):
         return vector_edits(states, like)
 
     def _settings(self, artifact: Artifact) -> dict[str, Any]:
-        chosen = {key: getattr(self, key) for key in ("step", "damping", "prior", "positions", "max_tokens")}
+        chosen = {key: getattr(self, key) for key in (*_LENGTHS, "positions", "max_tokens")}
         return chosen | {"population": artifact.hash}
 
     def _population(self, lm: FrozenLM) -> Artifact:
@@ -264,31 +271,30 @@ class NaturalGradient(Method):
     def _shared(self, lm: FrozenLM) -> dict[Site, _Shared]:
         """What all users of the population have in common, at each site."""
         artifact, shared = self._population(lm), {}
+        damping = self.common_damping * self._damping(artifact.settings["tokens"])
         for site in self.sites(lm):
             mean, directions, variances = (
                 artifact.tensors[f"{site}.{part}"].double() for part in ("mean", "directions", "variances")
             )
             fisher = Fisher(directions, variances)
-            shared[site] = _Shared(mean, fisher, fisher.solve(mean, self._damping(artifact.settings["tokens"])))
+            shared[site] = _Shared(mean, fisher, self.common_step * fisher.solve(mean, damping))
         return shared
 
     def _damping(self, tokens: int) -> float:
         return self.damping + self.prior / tokens
 
     def _vectors(self, sums: _Sums, shared: Mapping[Site, _Shared]) -> dict[Site, Float[Tensor, " d"]]:
-        length, damping = self.step / len(shared) ** 0.5, self._damping(sums.tokens)
-        return {
-            site: -length
-            * (common.step + common.fisher.solve(sums.gradients[site] / sums.tokens - common.mean, damping))
-            for site, common in shared.items()
-        }
+        damping, vectors = self._damping(sums.tokens), {}
+        for site, common in shared.items():
+            own = common.fisher.solve(sums.gradients[site] / sums.tokens - common.mean, damping)
+            vectors[site] = -(common.step + self.step * own) / len(shared) ** 0.5
+        return vectors
 
     def _sums_of(self, state: UserState, shared: Mapping[Site, _Shared]) -> _Sums:
         """What the state was made of: the inverse of `_vectors`."""
-        length, tokens = self.step / len(shared) ** 0.5, state.provenance.calibration["tokens"]
-        gradients = {}
+        tokens, gradients = state.provenance.calibration["tokens"], {}
         for site, common in shared.items():
-            own = -state.tensors[str(site)].double() / length - common.step
+            own = -(state.tensors[str(site)].double() * len(shared) ** 0.5 + common.step) / self.step
             gradients[site] = tokens * (common.fisher.times(own, self._damping(tokens)) + common.mean)
         return _Sums(gradients, tokens)
 
