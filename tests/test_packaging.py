@@ -84,6 +84,12 @@ print(json.dumps({
     assert Path(found["steer.kernels"]) == target / "steer/kernels/__init__.py"
 
 
+def test_the_source_folder_says_that_it_is_not_the_package() -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import steer"
+    failed = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert "run `python -P`" in failed.stderr.splitlines()[-1]
+
+
 def test_command_is_installed(target: Path, tmp_path: Path) -> None:
     helped = run(sys.executable, "-P", target / "bin" / "steer", "--help", cwd=tmp_path, PYTHONPATH=str(target))
     assert "demo" in helped

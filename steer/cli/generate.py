@@ -95,6 +95,8 @@ def generate(
         raise SteerError("--name chooses states of a bank; give --bank and --user")
     if lam is not None and context is None:
         raise SteerError("--lambda says how much of a --context; give one")
+    if repetition_penalty is not None and not repetition_penalty > 0:
+        raise SteerError(f"--repetition-penalty={repetition_penalty} is not above 0; 1 is none")
     if stream and as_json:
         raise SteerError("--stream shows the answer as it is written; it does not go with --json")
     store = None if bank is None else Bank(bank, create=False)
