@@ -54,12 +54,13 @@ def response_gradients(
     spans: Sequence[Span],
     sites: Sequence[Site],
     *,
+    at: Mapping[Site, Float[Tensor, " d"]] | None = None,
     positions: Positions = "response",
     batch_tokens: int = 2048,
     on_progress: Callable[[int], None] | None = None,
     cache: Cache | None = None,
 ) -> tuple[dict[Site, Float[Tensor, "row d"]], Float[Tensor, " row"]]:
-    """The gradient of each span's sum of −log p by a vector that is added at a site, at zero; and its tokens.
+    """The gradient of each span's sum of −log p by a vector that is added at a site; and its tokens.
 
     One forward and one backward pass a batch, for all sites; no gradient is computed for the model, nor below the
     lowest site. float32, on the CPU.
@@ -67,14 +68,18 @@ def response_gradients(
     Args:
         lm: the model.
         spans: texts and the parts of them that count.
-        sites: where the vector would be added.
+        sites: where vectors are added.
+        at: the vectors at which the gradient is taken, one for each site; zero if not given.
         positions: from which position on.
         batch_tokens: size of a batch, with padding.
         on_progress: told the number of texts done after each batch.
         cache: gradients that were computed before are taken from here, and new ones go here.
     """
     gradients = {site: torch.empty(len(spans), lm.width_at(site)) for site in sites}
-    kept = None if cache is None else Kept(cache, lm, sites, "gradient", 1, head_key(lm), positions)
+    point = {site: torch.zeros(lm.width_at(site)) if at is None else at[site].float().cpu() for site in sites}
+    # A gradient depends on what is added at all the sites.
+    where = None if at is None else {str(site): vector.tolist() for site, vector in point.items()}
+    kept = None if cache is None else Kept(cache, lm, sites, "gradient", 1, head_key(lm), positions, where)
     found = {} if kept is None else kept.find(spans)
     for i, known in found.items():
         for site in sites:
@@ -82,7 +87,7 @@ def response_gradients(
     done = len(found)
     for batch in by_length({i: span.end for i, span in enumerate(spans) if i not in found}, batch_tokens):
         texts = [spans[i] for i in batch]
-        offsets = {site: torch.zeros(len(batch), lm.width_at(site), requires_grad=True) for site in sites}
+        offsets = {site: vector.repeat(len(batch), 1).requires_grad_() for site, vector in point.items()}
         losses, _ = response_losses(lm, texts, [ResidualEdit(site, at, positions) for site, at in offsets.items()])
         for site, gradient in zip(sites, torch.autograd.grad(losses.sum(), list(offsets.values())), strict=True):
             gradients[site][batch] = gradient.float().cpu()

@@ -22,21 +22,25 @@ from steer.read import record_span
 SITES = [steer.Site("resid_post", 0), steer.Site("resid_post", 1)]
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_gradients_are_slopes(arch: str, histories: list[steer.History]) -> None:
+def test_gradients_are_slopes(arch: str, elsewhere: bool, histories: list[steer.History]) -> None:
     """By finite differences, of each text alone, in the direction of its gradient."""
     with steer.wrap(tiny(arch), tokenizer()) as lm:
         spans = [record_span(lm, record) for history in histories for record in history]
-        gradients, tokens = response_gradients(lm, spans, SITES, batch_tokens=120)
+        generator = torch.Generator().manual_seed(0)
+        at = {site: elsewhere * 0.5 * torch.randn(lm.width, generator=generator) for site in SITES}
+        gradients, tokens = response_gradients(lm, spans, SITES, at=at if elsewhere else None, batch_tokens=120)
         assert tokens.tolist() == [span.end - span.start for span in spans]
         for site in SITES:
             for i in (0, 4):
                 direction = gradients[site][i] / gradients[site][i].norm()
 
                 def loss(length: float, i: int = i, site: steer.Site = site, direction: Tensor = direction) -> float:
-                    edit = steer.ResidualEdit(site, length * direction[None])
+                    vectors = at | {site: at[site] + length * direction}
+                    edits = [steer.ResidualEdit(site, vector[None]) for site, vector in vectors.items()]
                     with torch.no_grad():
-                        return response_losses(lm, [spans[i]], [edit])[0].item()
+                        return response_losses(lm, [spans[i]], edits)[0].item()
 
                 # Losses are float32, so the step cannot be smaller.
                 slope = (loss(0.02) - loss(-0.02)) / 0.04
@@ -63,23 +67,33 @@ def test_fisher_information_is_as_in_numpy(texts: int, width: int) -> None:
 
 
 def test_vectors_are_what_the_equation_says(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
-    numbers = {"step": 7.0, "damping": 2.0, "prior": 500.0, "common_step": 5.0, "common_damping": 3.0}
-    method = steer.NaturalGradient(layer=[0, 1], **numbers)
+    method = steer.NaturalGradient(layer=[0, 1], step=7.0, damping=2.0, prior=500.0, batch=3)
     artifact = method.train(llama, histories)
     state = method.fit(llama, histories[0])
     spans = [record_span(llama, record) for history in histories for record in history]
-    gradients, tokens = response_gradients(llama, spans, SITES)
+    common = {site: artifact.tensors[f"{site}.common"] for site in SITES}
+    gradients, tokens = response_gradients(llama, spans, SITES, at=common)
     for site in SITES:
         g, t, n = gradients[site].double().numpy(), tokens.double().numpy(), len(histories[0])
         fisher, mean = g.T @ g / t.sum(), g.sum(0) / t.sum()
-        ridge = np.trace(fisher) / len(fisher) * np.eye(len(fisher))
+        damping = (2 + 500 / t[:n].sum()) * np.trace(fisher) / len(fisher)
         own = g[:n].sum(0) / t[:n].sum() - mean
-        steps = 5 * np.linalg.solve(fisher + 3 * (2 + 500 / t.sum()) * ridge, mean)
-        steps += 7 * np.linalg.solve(fisher + (2 + 500 / t[:n].sum()) * ridge, own)
-        expected = torch.tensor(-steps / 2**0.5)
+        step = np.linalg.solve(fisher + damping * np.eye(len(fisher)), own)
+        expected = common[site].double() - torch.tensor(7 / 2**0.5 * step)
         assert_close(state.tensors[str(site)].double(), expected)
     assert state.provenance.calibration["tokens"] == t[:n].sum()
     assert artifact.settings["tokens"] == t.sum()
+
+
+def test_what_all_have_in_common_is_a_trained_vector(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    """Six texts make three steps with two texts in each; `TrainedVector` makes as many as it is told."""
+    settings = {"layer": [0, 1], "learning_rate": 0.05, "batch": 2, "seed": 3}
+    artifact = steer.NaturalGradient(common_steps=50, **settings).train(llama, histories)  # type: ignore[arg-type]
+    trained = steer.TrainedVector(shared_steps=3, **settings).train(llama, histories)  # type: ignore[arg-type]
+    assert trained is not None
+    for site in SITES:
+        assert_close(artifact.tensors[f"{site}.common"], trained.tensors[str(site)])
+        assert trained.tensors[str(site)].norm() > 0.1
 
 
 def test_own_texts_become_likelier_and_more_so_than_under_anothers_vector(
@@ -146,10 +160,10 @@ def test_a_state_of_other_layers_is_not_updated(llama: steer.FrozenLM, histories
     method = steer.NaturalGradient(layer=[0, 1])
     artifact = method.train(llama, histories)
     state = method.fit(llama, histories[0].first(1))
-    for layer in (1, [1, 0]):
+    for layer, message in ((1, "train again"), ([1, 0], "not fitted by this method as it is now")):
         other = steer.NaturalGradient(layer=layer)
         other.use(llama, artifact)
-        with pytest.raises(steer.SteerError, match="not fitted by this method as it is now"):
+        with pytest.raises(steer.SteerError, match=message):
             other.update(llama, state, histories[0].records[1:])
 
 
@@ -164,7 +178,7 @@ def test_a_prior_holds_back_those_who_wrote_little(llama: steer.FrozenLM, histor
     assert norms[0] > 2 * norms[2]
 
 
-def test_each_text_is_read_once(
+def test_each_text_is_read_once_and_trained_on_once_at_most(
     llama: steer.FrozenLM, histories: list[steer.History], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
@@ -175,26 +189,28 @@ def test_each_text_is_read_once(
         return original(lm, spans, edits)
 
     monkeypatch.setattr(steer.likelihood, "response_losses", counted)
+    monkeypatch.setattr("steer.train.users.response_losses", counted)
     texts, cache = sum(map(len, histories)), Cache(tmp_path / "gradients")
     method = steer.NaturalGradient(layer=1)
     method.train(llama, histories, cache=cache)
     states = method.fit_many(llama, histories)
-    assert sum(read) == texts
+    assert sum(read) == 2 * texts - 2
     again = steer.NaturalGradient(layer=1)
     again.train(llama, histories, cache=cache)
-    assert sum(read) == texts
+    assert sum(read) == 2 * texts - 2
     for one, other in zip(states, again.fit_many(llama, histories), strict=True):
         assert_close(one.tensors["resid_post[1]"], other.tensors["resid_post[1]"])
     elsewhere = steer.NaturalGradient(layer=0)
     elsewhere.train(llama, histories, cache=cache)
-    assert sum(read) == 2 * texts
+    assert sum(read) == 4 * texts - 4
 
 
 def test_the_population_keeps_no_single_text(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
     artifact = steer.NaturalGradient(layer=1).train(llama, histories)
     spans = [record_span(llama, record) for history in histories for record in history]
-    gradients = torch.nn.functional.normalize(response_gradients(llama, spans, SITES[1:])[0][SITES[1]], dim=1)
-    assert set(artifact.tensors) == {f"resid_post[1].{part}" for part in ("mean", "directions", "variances")}
+    common = {SITES[1]: artifact.tensors["resid_post[1].common"]}
+    gradients = torch.nn.functional.normalize(response_gradients(llama, spans, SITES[1:], at=common)[0][SITES[1]])
+    assert set(artifact.tensors) == {f"resid_post[1].{part}" for part in ("common", "mean", "directions", "variances")}
     assert (gradients @ artifact.tensors["resid_post[1].directions"].T).abs().max() < 0.99
 
 
@@ -204,8 +220,7 @@ def test_bad_input(llama: steer.FrozenLM, histories: list[steer.History]) -> Non
         ({"step": "abc"}, "step='abc' is not"),
         ({"prior": -1.0}, "prior=-1.0 is not"),
         ({"damping": 0.0}, "damping=0.0 is not"),
-        ({"common_step": -5}, "common_step=-5 is not"),
-        ({"common_damping": float("inf")}, "common_damping=inf is not"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf is not"),
         ({"prior": float("nan")}, "prior=nan is not"),
         ({"positions": "reponse"}, "not one of response"),
         ({"layer": []}, "names no block"),
@@ -222,5 +237,9 @@ def test_bad_input(llama: steer.FrozenLM, histories: list[steer.History]) -> Non
         method.fit(llama, steer.History("ann", ()))
     other = steer.NaturalGradient(layer=2)
     other.use(llama, method.artifact)  # type: ignore[arg-type]
-    with pytest.raises(steer.SteerError, match=r"not read at resid_post\[2\]"):
+    with pytest.raises(steer.SteerError, match=r"the population was read at resid_post\[1\]; train again"):
+        other.fit(llama, histories[0])
+    other = steer.NaturalGradient(layer=1, learning_rate=0.1)
+    other.use(llama, method.artifact)  # type: ignore[arg-type]
+    with pytest.raises(steer.SteerError, match=r"the population was read for learning_rate=0\.02; train again"):
         other.fit(llama, histories[0])

@@ -1,19 +1,20 @@
-"""A vector per user that is one step of natural gradient on the likelihood of what the user wrote.
+"""A vector per user: trained on what everybody wrote, then one step of natural gradient towards the user.
 
-    ∇_i = ∇_δ −log p( y_i | x_i ; h_l(x)_t + δ ) at δ = 0, summed over tokens        t from the last prompt token on
-    F   = 1/T · Σ_i ∇_i ∇_iᵀ,   ḡ = 1/T · Σ_i ∇_i                                    over texts of all users
-    P_n(k) = (F + k · (λ + T₀/n) · tr(F)/d · I)⁻¹                                    F⁻¹, as far as n tokens tell
-    v_u = −1/√L · ( a · P_T(c) ḡ + b · P_{T_u}(1) (1/T_u · Σ_i ∇_i − ḡ) )            over the user's texts
+    c   = argmin_c −Σ_i log p( y_i | x_i ; h_l(x)_t + c )                        t from the last prompt token on
+    ∇_i = ∇_δ −log p( y_i | x_i ; h_l(x)_t + δ ) at δ = c, summed over tokens
+    F   = 1/T · Σ_i ∇_i ∇_iᵀ,   ḡ = 1/T · Σ_i ∇_i                                over texts of all users
+    P_n = (F + (λ + T₀/n) · tr(F)/d · I)⁻¹                                       F⁻¹, as far as n tokens tell
+    v_u = c − step/√L · P_{T_u} (1/T_u · Σ_i ∇_i − ḡ)                            over the user's texts
     h'_l(x)_t = h_l(x)_t + α · v_u
 
-where T_u are the user's tokens and T everybody's. F is the empirical Fisher information, and both steps are those of
-Amari, "Natural Gradient Works Efficiently in Learning", Neural Computation 10 (1998), for a constant offset of the
-residual stream, each as far as n tokens against a Gaussian prior worth T₀ of them allow. They take one forward and one
-backward pass for a text, where training a vector (`trained_vector.py`) takes many. Directions in which texts differ
-for all kinds of reasons have large gradients of either sign and are damped by F⁻¹; what is left is more of the person
-than a difference of means has. The first step is what all have in common, the genre; longer and more damped, it goes
-further. The second is the user's own part: known from fewer texts, it stays shorter. At each of L layers the steps are
-made as if there were no other, and shortened.
+where T_u are the user's tokens and T everybody's. c is what all have in common, the genre; it is trained as in
+`trained_vector.py`, by few steps of Adam, which see each text once at most. The rest is the user's own, read where c
+has led and not in a model that knows nothing of the genre, by one forward and one backward pass for a text. F is the
+empirical Fisher information, and the step that of Amari, "Natural Gradient Works Efficiently in Learning", Neural
+Computation 10 (1998), for a constant offset of the residual stream, as far as the user's tokens allow against a
+Gaussian prior worth T₀ of them: from fewer texts it stays shorter. Directions in which texts differ for all kinds of
+reasons have large gradients of either sign and are damped by F⁻¹; what is left is more of the person than a difference
+of means has. At each of L layers the step is made as if there were no other, and shortened.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from safetensors.torch import load, save
 
+from steer.cache import head_key, key_of, model_key
 from steer.errors import SteerError
 from steer.history import History, Record
 from steer.inject import Edit
@@ -39,11 +42,13 @@ from steer.methods.vectors import (
     layer_sites,
     reference_norms,
     require_equal,
+    train_vectors,
     vector_edits,
 )
 from steer.read import Span, record_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
+from steer.train import each_step
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,8 +59,8 @@ if TYPE_CHECKING:
 
 # Texts whose gradients make F, at most.
 _SAMPLE = 1024
-# The hyper-parameters that are positive numbers.
-_LENGTHS = ("step", "damping", "prior", "common_step", "common_damping")
+# Those hyper-parameters that say how the population is read.
+_OF_POPULATION = ("common_steps", "learning_rate", "batch", "positions", "max_tokens", "seed")
 # Layers 8, 16 and 23 of SmolLM2's 30.
 _DEPTHS = (0.27, 0.53, 0.77)
 
@@ -66,27 +71,30 @@ class NaturalGradient(Method):
 
     Args:
         layer: after which block, or blocks, to read and to add; if None three, at a quarter, a half and three quarters.
-        step: b, the length of the user's own step; F overestimates the curvature, so that 1 falls far short.
-        damping: λ, which bounds the steps however much is known.
+        step: length of the step to the user; F overestimates the curvature, so that 1 falls far short.
+        damping: λ, which bounds the step however much is known.
         prior: T₀, in tokens: somebody who wrote little goes less far.
-        common_step: a, the length of the step that all have in common.
-        common_damping: c, how many times as much that step is damped.
+        common_steps: of the training of c; fewer where there are too few texts for each step to have new ones.
+        learning_rate: of that training, in units of the median residual norm.
+        batch: texts in a step of it.
         positions: from which position on the vector is added, in reading as in steering.
         max_tokens: longer texts are cut.
-        seed: of the texts that make F where there are more than 1,024.
+        seed: of the order of texts in training, and of those that are read where there are more than 1,024.
 
     Raises:
-        SteerError: a step, a damping or the prior is not positive, or there are no such positions or no such layer.
+        SteerError: `step`, `damping`, `prior` or `learning_rate` is not positive, or there are no such positions or no
+            such layer.
     """
 
     name: ClassVar[str] = "natural_gradient"
 
     layer: int | Sequence[int] | None = None
-    step: float = 32.0
+    step: float = 28.0
     damping: float = 4.0
     prior: float = 120_000.0
-    common_step: float = 80.0
-    common_damping: float = 15.0
+    common_steps: int = 32
+    learning_rate: float = 0.02
+    batch: int = 4
     positions: Positions = "response"
     max_tokens: int = 512
     seed: int = 0
@@ -94,7 +102,7 @@ class NaturalGradient(Method):
     _known: dict[tuple[FrozenLM, History], _Sums] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in _LENGTHS:
+        for name in ("step", "damping", "prior", "learning_rate"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise SteerError(f"{name}={value!r} is not a positive number")
@@ -116,7 +124,7 @@ class NaturalGradient(Method):
         *,
         cache: Cache | None = None,
     ) -> Artifact:
-        """Reads the gradients of a sample of all users' texts: F, as its principal directions, and their mean.
+        """Trains what all users have in common and, where that leads, reads F and ḡ from a sample of their texts.
 
         Args:
             lm: the model; no gradient is computed for its parameters.
@@ -133,15 +141,19 @@ class NaturalGradient(Method):
             raise SteerError(f"the Fisher information needs texts of a population, and there is {len(records)}")
         chosen = torch.randperm(len(records), generator=torch.Generator().manual_seed(self.seed))[:_SAMPLE].tolist()
         spans = [record_span(lm, records[i], max_tokens=self.max_tokens) for i in sorted(chosen)]
-        gradients, tokens = self._gradients(lm, spans, on_progress, cache)
+        common = self._train_common(lm, spans, None if on_progress is None else _part(on_progress, 0.0, 0.5), cache)
+        gradients, tokens = self._gradients(
+            lm, spans, common, None if on_progress is None else _part(on_progress, 0.5, 1.0), cache
+        )
         if len(spans) == len(records):
             for history, sums in zip(users, _by_user(users, gradients, tokens), strict=True):
                 self._known[lm, history] = sums
-        total = tokens.sum()
+        total = int(tokens.sum())
         tensors: dict[str, Tensor] = {}
         for site, rows in gradients.items():
-            fisher = Fisher.of(rows, total.item())
+            fisher = Fisher.of(rows, total)
             tensors |= {
+                f"{site}.common": common[site],
                 f"{site}.mean": rows.sum(0) / total,
                 f"{site}.directions": fisher.directions,
                 f"{site}.variances": fisher.variances,
@@ -153,9 +165,8 @@ class NaturalGradient(Method):
             tensors={name: tensor.float() for name, tensor in tensors.items()},
             settings={
                 "texts": len(spans),
-                "tokens": int(total),
-                "positions": self.positions,
-                "max_tokens": self.max_tokens,
+                "tokens": total,
+                **{key: getattr(self, key) for key in _OF_POPULATION},
                 "reference_norm": reference_norms(lm, spans, self.sites(lm), cache),
             },
         )
@@ -229,17 +240,18 @@ class NaturalGradient(Method):
         return vector_edits(states, like)
 
     def _settings(self, artifact: Artifact) -> dict[str, Any]:
-        chosen = {key: getattr(self, key) for key in (*_LENGTHS, "positions", "max_tokens")}
+        chosen = {key: getattr(self, key) for key in ("step", "damping", "prior", "positions", "max_tokens")}
         return chosen | {"population": artifact.hash}
 
     def _population(self, lm: FrozenLM) -> Artifact:
         if self.artifact is None:
             raise SteerError("the population's gradients come first: call train(lm, histories), or use(lm, artifact)")
         self._require_model(lm, self.artifact)
-        if missing := [site for site in self.sites(lm) if f"{site}.mean" not in self.artifact.tensors]:
-            raise SteerError(f"the population was not read at {missing[0]}; train again")
-        for name in ("positions", "max_tokens"):
-            if (read_for := self.artifact.settings[name]) != getattr(self, name):
+        read_at = {name.removesuffix(".mean") for name in self.artifact.tensors if name.endswith(".mean")}
+        if read_at != {str(site) for site in self.sites(lm)}:
+            raise SteerError(f"the population was read at {', '.join(sorted(read_at))}; train again")
+        for name in _OF_POPULATION:
+            if (read_for := self.artifact.settings.get(name)) != getattr(self, name):
                 raise SteerError(f"the population was read for {name}={read_for!r}; train again")
         return self.artifact
 
@@ -247,13 +259,14 @@ class NaturalGradient(Method):
         self,
         lm: FrozenLM,
         spans: Sequence[Span],
+        common: Mapping[Site, Float[Tensor, " d"]],
         on_progress: Callable[[float], None] | None,
         cache: Cache | None,
     ) -> tuple[dict[Site, Float[Tensor, "text d"]], Float[Tensor, " text"]]:
-        """Each text's gradients, and number of tokens; float64, as sums over many texts follow."""
+        """Each text's gradients where c has led, and number of tokens; float64, as sums over many texts follow."""
         told = None if on_progress is None else lambda done: on_progress(done / len(spans))
         gradients, tokens = response_gradients(
-            lm, spans, self.sites(lm), positions=self.positions, on_progress=told, cache=cache
+            lm, spans, self.sites(lm), at=common, positions=self.positions, on_progress=told, cache=cache
         )
         return {site: rows.double() for site, rows in gradients.items()}, tokens.double()
 
@@ -265,37 +278,65 @@ class NaturalGradient(Method):
         cache: Cache | None = None,
     ) -> list[_Sums]:
         """What is read of each user."""
+        artifact = self._population(lm)
+        common = {site: artifact.tensors[f"{site}.common"] for site in self.sites(lm)}
         spans = [record_span(lm, record, max_tokens=self.max_tokens) for records in users for record in records]
-        return _by_user(users, *self._gradients(lm, spans, on_progress, cache))
+        return _by_user(users, *self._gradients(lm, spans, common, on_progress, cache))
+
+    def _train_common(
+        self, lm: FrozenLM, spans: Sequence[Span], on_progress: Callable[[float], None] | None, cache: Cache | None
+    ) -> dict[Site, Float[Tensor, " d"]]:
+        """c at each site, float32, on the CPU."""
+        steps = min(self.common_steps, max(len(spans) // self.batch, 1))
+        key = key_of(
+            (model_key(lm), head_key(lm), "common", 1),
+            ([str(site) for site in self.sites(lm)], self.positions, steps, self.learning_rate, self.batch, self.seed),
+            [(list(span.ids[: span.end]), span.start) for span in spans],
+        )
+        if cache is not None and (known := cache.get([key])):
+            return {Site.parse(name): vector for name, vector in load(known[key]).items()}
+        trained = train_vectors(
+            lm,
+            [spans],
+            self.sites(lm),
+            positions=self.positions,
+            steps=steps,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            on_step=each_step(steps, on_progress),
+        )
+        common = {site: vectors[0].float().cpu() for site, vectors in trained.vectors.items()}
+        if cache is not None:
+            cache.put({key: save(by_site(common))})
+        return common
 
     def _shared(self, lm: FrozenLM) -> dict[Site, _Shared]:
         """What all users of the population have in common, at each site."""
         artifact, shared = self._population(lm), {}
-        damping = self.common_damping * self._damping(artifact.settings["tokens"])
         for site in self.sites(lm):
-            mean, directions, variances = (
-                artifact.tensors[f"{site}.{part}"].double() for part in ("mean", "directions", "variances")
+            common, mean, directions, variances = (
+                artifact.tensors[f"{site}.{part}"].double() for part in ("common", "mean", "directions", "variances")
             )
-            fisher = Fisher(directions, variances)
-            shared[site] = _Shared(mean, fisher, self.common_step * fisher.solve(mean, damping))
+            shared[site] = _Shared(common, mean, Fisher(directions, variances))
         return shared
 
     def _damping(self, tokens: int) -> float:
         return self.damping + self.prior / tokens
 
     def _vectors(self, sums: _Sums, shared: Mapping[Site, _Shared]) -> dict[Site, Float[Tensor, " d"]]:
-        damping, vectors = self._damping(sums.tokens), {}
-        for site, common in shared.items():
-            own = common.fisher.solve(sums.gradients[site] / sums.tokens - common.mean, damping)
-            vectors[site] = -(common.step + self.step * own) / len(shared) ** 0.5
+        length, damping, vectors = self.step / len(shared) ** 0.5, self._damping(sums.tokens), {}
+        for site, population in shared.items():
+            own = population.fisher.solve(sums.gradients[site] / sums.tokens - population.mean, damping)
+            vectors[site] = population.common - length * own
         return vectors
 
     def _sums_of(self, state: UserState, shared: Mapping[Site, _Shared]) -> _Sums:
         """What the state was made of: the inverse of `_vectors`."""
-        tokens, gradients = state.provenance.calibration["tokens"], {}
-        for site, common in shared.items():
-            own = -(state.tensors[str(site)].double() * len(shared) ** 0.5 + common.step) / self.step
-            gradients[site] = tokens * (common.fisher.times(own, self._damping(tokens)) + common.mean)
+        length, tokens, gradients = self.step / len(shared) ** 0.5, state.provenance.calibration["tokens"], {}
+        for site, population in shared.items():
+            own = (population.common - state.tensors[str(site)].double()) / length
+            gradients[site] = tokens * (population.fisher.times(own, self._damping(tokens)) + population.mean)
         return _Sums(gradients, tokens)
 
     def _combined(
@@ -330,11 +371,11 @@ class NaturalGradient(Method):
 
 @dataclass(frozen=True)
 class _Shared:
-    """The population's mean gradient, its Fisher information, and the step that is common to all, at one site."""
+    """What all users have in common at one site: a vector, the mean gradient there, and the Fisher information."""
 
+    common: Float[Tensor, " d"]
     mean: Float[Tensor, " d"]
     fisher: Fisher
-    step: Float[Tensor, " d"]
 
 
 @dataclass(frozen=True)
@@ -343,6 +384,11 @@ class _Sums:
 
     gradients: Mapping[Site, Float[Tensor, " d"]]
     tokens: int
+
+
+def _part(on_progress: Callable[[float], None], start: float, end: float) -> Callable[[float], None]:
+    """Told the share of one part of the work, tells that of the whole."""
+    return lambda share: on_progress(start + share * (end - start))
 
 
 def _by_user(

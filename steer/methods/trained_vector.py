@@ -15,21 +15,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from steer.errors import SteerError
 from steer.history import History
-from steer.inject import Edit, ResidualEdit
+from steer.inject import Edit
 from steer.inject.positions import Positions, require_positions
 from steer.method import Method
-from steer.methods.vectors import by_site, layer_sites, reference_norms, vector_edits
+from steer.methods.vectors import TrainedVectors, by_site, layer_sites, train_vectors, vector_edits
 from steer.read import Span, record_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
-from steer.train import each_step, train_users
+from steer.train import each_step
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
     from torch import Tensor
 
     from steer.model import FrozenLM
@@ -200,53 +197,19 @@ class TrainedVector(Method):
         *,
         common: Mapping[str, Tensor] | None,
         on_step: Callable[[int, float], None] | None,
-    ) -> _Trained:
-        """Trains a vector for each list of texts, in units in which the residual's elements are about 1."""
-        norms = [reference_norms(lm, spans, self.sites) for spans in texts]
-        elements = {site: torch.zeros(len(texts), lm.width_at(site), device=lm.device) for site in self.sites}
-        units = {
-            site: torch.tensor([norm[str(site)] for norm in norms], device=lm.device)[:, None] / values.shape[1] ** 0.5
-            for site, values in elements.items()
-        }
-
-        def edits(users: Tensor) -> list[Edit]:
-            own = {site: units[site][users] * elements[site][users] for site in self.sites}
-            if common is not None:
-                own = {site: vectors + common[str(site)].to(vectors) for site, vectors in own.items()}
-            return [ResidualEdit(site, vectors, self.positions) for site, vectors in own.items()]
-
-        def bound() -> None:
-            for values in elements.values():
-                values.renorm_(2, 0, self.max_dose * values.shape[1] ** 0.5)
-
-        kept = train_users(
+    ) -> TrainedVectors:
+        return train_vectors(
             lm,
             texts,
-            [values.requires_grad_(True) for values in elements.values()],
-            edits,
+            self.sites,
+            positions=self.positions,
+            common=common,
+            max_dose=self.max_dose,
             steps=steps,
             batch=self.batch,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             seed=self.seed,
             holdout=self.holdout,
-            constrain=None if self.max_dose is None else bound,
-            on_step=None if on_step is None else lambda step, losses: on_step(step, float(losses.nanmean())),
+            on_step=on_step,
         )
-        vectors = {site: units[site] * values.detach() for site, values in elements.items()}
-        return _Trained(vectors, norms, kept)
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """What came of training.
-
-    Attributes:
-        vectors: at each site, one for each user.
-        norms: the median residual norm at each site, for each user.
-        steps: after how many steps each user's vectors were kept.
-    """
-
-    vectors: Mapping[Site, Float[Tensor, "user d"]]
-    norms: list[dict[str, float]]
-    steps: list[int]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +15,14 @@ from steer.inject import Edit, ResidualEdit
 from steer.read import Span, read
 from steer.sites import Site
 from steer.state import Artifact, UserState
+from steer.train import train_users
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
     from steer.cache import Cache
+    from steer.inject.positions import Positions
     from steer.model import FrozenLM
 
 
@@ -49,6 +52,75 @@ def reference_norms(
     """The median residual norm over the texts' tokens at each site, from 64 of many texts: the unit of a dose."""
     sample = spans[:: -(-len(spans) // _NORMS)]
     return {str(site): reading.norm for site, reading in read(lm, sample, sites, cache=cache).items()}
+
+
+@dataclass(frozen=True)
+class TrainedVectors:
+    """What came of training vectors for some users.
+
+    Attributes:
+        vectors: at each site, one for each user.
+        norms: the median residual norm at each site, for each user.
+        steps: after how many steps each user's vectors were kept.
+    """
+
+    vectors: Mapping[Site, Float[Tensor, "user d"]]
+    norms: list[dict[str, float]]
+    steps: list[int]
+
+
+def train_vectors(
+    lm: FrozenLM,
+    texts: Sequence[Sequence[Span]],
+    sites: Sequence[Site],
+    *,
+    positions: Positions,
+    common: Mapping[str, Float[Tensor, " d"]] | None = None,
+    max_dose: float | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+    **settings: Any,
+) -> TrainedVectors:
+    """Trains vectors that make each user's texts likely; a step is in units of the residual norm.
+
+    Args:
+        lm: the model; no gradient is computed for its parameters.
+        texts: of each user.
+        sites: where the vectors are added.
+        positions: from which position on.
+        common: vectors that are added to everybody's, by the names of the sites.
+        max_dose: bound of a vector's norm, in units of the median residual norm; None for no bound.
+        on_step: told the number of each step and the users' mean loss, in nats per token.
+        settings: of `train_users`.
+    """
+    norms = [reference_norms(lm, spans, sites) for spans in texts]
+    # In units in which the residual's elements are about 1.
+    elements = {site: torch.zeros(len(texts), lm.width_at(site), device=lm.device) for site in sites}
+    units = {
+        site: torch.tensor([norm[str(site)] for norm in norms], device=lm.device)[:, None] / values.shape[1] ** 0.5
+        for site, values in elements.items()
+    }
+
+    def edits(users: Tensor) -> list[Edit]:
+        own = {site: units[site][users] * elements[site][users] for site in sites}
+        if common is not None:
+            own = {site: vectors + common[str(site)].to(vectors) for site, vectors in own.items()}
+        return [ResidualEdit(site, vectors, positions) for site, vectors in own.items()]
+
+    def bound() -> None:
+        assert max_dose is not None
+        for values in elements.values():
+            values.renorm_(2, 0, max_dose * values.shape[1] ** 0.5)
+
+    kept = train_users(
+        lm,
+        texts,
+        [values.requires_grad_(True) for values in elements.values()],
+        edits,
+        constrain=None if max_dose is None else bound,
+        on_step=None if on_step is None else lambda step, losses: on_step(step, float(losses.nanmean())),
+        **settings,
+    )
+    return TrainedVectors({site: units[site] * values.detach() for site, values in elements.items()}, norms, kept)
 
 
 def vector_edits(states: Sequence[UserState | None], like: UserState, artifact: Artifact | None = None) -> list[Edit]:
