@@ -95,23 +95,16 @@ ARMS = {
     "trained": _trained(),
     "trained, shared stage": _trained(shared_steps=24),
     "gradient": _natural(),
-    "gradient, a quarter up": _natural(0.27),
     "gradient, three quarters up": _natural(0.77),
     "gradient, two layers": _natural(0.27, 0.77),
     "gradient, five layers": _natural(0.13, 0.33, 0.53, 0.7, 0.87),
+    "gradient, common part": _natural(step=1e-6),
+    "gradient, step 8": _natural(step=8),
     "gradient, step 24": _natural(step=24),
-    "gradient, step 40": _natural(step=40),
-    "gradient, damping 1": _natural(damping=1),
-    "gradient, damping 10": _natural(damping=10),
-    "gradient, one step length": _natural(common_step=32, common_damping=1),
-    "gradient, prior 60,000": _natural(prior=60_000),
-    "gradient, prior 240,000": _natural(prior=240_000),
-    # With so much damping F plays no part: the plain gradient.
-    "gradient, plain": Arm(
-        "natural_gradient",
-        {"step": 1e5, "damping": 1e5, "prior": 1, "common_step": 1e5, "common_damping": 1},
-        amounts=(0.1, 0.3, 1),
-    ),
+    "gradient, damping 16": _natural(damping=16),
+    "gradient, prior 120,000": _natural(prior=120_000, step=24),
+    # With so much damping F plays no part.
+    "gradient, without F": _natural(damping=1e6, prior=1, step=4e5),
 }
 
 

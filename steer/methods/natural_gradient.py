@@ -4,7 +4,7 @@
     ∇_i = ∇_δ −log p( y_i | x_i ; h_l(x)_t + δ ) at δ = c, summed over tokens
     F   = 1/T · Σ_i ∇_i ∇_iᵀ,   ḡ = 1/T · Σ_i ∇_i                                over texts of all users
     P_n = (F + (λ + T₀/n) · tr(F)/d · I)⁻¹                                       F⁻¹, as far as n tokens tell
-    v_u = c − step/√L · P_{T_u} (1/T_u · Σ_i ∇_i − ḡ)                            over the user's texts
+    v_u = c − step · w_l · P_{T_u} (1/T_u · Σ_i ∇_i − ḡ),   w_l ∝ l + 1          over the user's texts
     h'_l(x)_t = h_l(x)_t + α · v_u
 
 where T_u are the user's tokens and T everybody's. c is what all have in common, the genre; it is trained as in
@@ -14,7 +14,8 @@ empirical Fisher information, and the step that of Amari, "Natural Gradient Work
 Computation 10 (1998), for a constant offset of the residual stream, as far as the user's tokens allow against a
 Gaussian prior worth T₀ of them: from fewer texts it stays shorter. Directions in which texts differ for all kinds of
 reasons have large gradients of either sign and are damped by F⁻¹; what is left is more of the person than a difference
-of means has. At each of L layers the step is made as if there were no other, and shortened.
+of means has. At each of several layers l the step is made as if there were no other, and shortened, Σ w_l² = 1: the
+upper layers, which have more of the person, take more of it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class NaturalGradient(Method):
 
     Args:
         layer: after which block, or blocks, to read and to add; if None three, at a quarter, a half and three quarters.
-        step: length of the step to the user; F overestimates the curvature, so that 1 falls far short.
+        step: length of the step to the user, over all layers; F overestimates the curvature, so that 1 falls far short.
         damping: λ, which bounds the step however much is known.
         prior: T₀, in tokens: somebody who wrote little goes less far.
         common_steps: of the training of c; fewer where there are too few texts for each step to have new ones.
@@ -89,9 +90,9 @@ class NaturalGradient(Method):
     name: ClassVar[str] = "natural_gradient"
 
     layer: int | Sequence[int] | None = None
-    step: float = 28.0
+    step: float = 16.0
     damping: float = 4.0
-    prior: float = 120_000.0
+    prior: float = 60_000.0
     common_steps: int = 32
     learning_rate: float = 0.02
     batch: int = 4
@@ -321,20 +322,25 @@ class NaturalGradient(Method):
             shared[site] = _Shared(common, mean, Fisher(directions, variances))
         return shared
 
+    def _lengths(self, sites: Iterable[Site]) -> list[float]:
+        """Of the step at each site: step · w_l."""
+        heights = [(site.layer or 0) + 1 for site in sites]
+        return [self.step * height / math.hypot(*heights) for height in heights]
+
     def _damping(self, tokens: int) -> float:
         return self.damping + self.prior / tokens
 
     def _vectors(self, sums: _Sums, shared: Mapping[Site, _Shared]) -> dict[Site, Float[Tensor, " d"]]:
-        length, damping, vectors = self.step / len(shared) ** 0.5, self._damping(sums.tokens), {}
-        for site, population in shared.items():
+        damping, vectors = self._damping(sums.tokens), {}
+        for (site, population), length in zip(shared.items(), self._lengths(shared), strict=True):
             own = population.fisher.solve(sums.gradients[site] / sums.tokens - population.mean, damping)
             vectors[site] = population.common - length * own
         return vectors
 
     def _sums_of(self, state: UserState, shared: Mapping[Site, _Shared]) -> _Sums:
         """What the state was made of: the inverse of `_vectors`."""
-        length, tokens, gradients = self.step / len(shared) ** 0.5, state.provenance.calibration["tokens"], {}
-        for site, population in shared.items():
+        tokens, gradients = state.provenance.calibration["tokens"], {}
+        for (site, population), length in zip(shared.items(), self._lengths(shared), strict=True):
             own = (population.common - state.tensors[str(site)].double()) / length
             gradients[site] = tokens * (population.fisher.times(own, self._damping(tokens)) + population.mean)
         return _Sums(gradients, tokens)
