@@ -22,7 +22,7 @@ DEFAULT = "natural_gradient"
 # Users who are read together, and stored at once.
 _USERS = 256
 # Below this share of the residual norm nobody sees a vector at work.
-_FAINT = 0.02
+_FAINT = 0.04
 
 
 def extract(

@@ -142,7 +142,10 @@ class NaturalGradient(Method):
             raise SteerError(f"the Fisher information needs texts of a population, and there is {len(records)}")
         chosen = torch.randperm(len(records), generator=torch.Generator().manual_seed(self.seed))[:_SAMPLE].tolist()
         spans = [record_span(lm, records[i], max_tokens=self.max_tokens) for i in sorted(chosen)]
-        common = self._train_common(lm, spans, None if on_progress is None else _part(on_progress, 0.0, 0.5), cache)
+        norms = reference_norms(lm, spans, self.sites(lm), cache)
+        common = self._train_common(
+            lm, spans, norms, None if on_progress is None else _part(on_progress, 0.0, 0.5), cache
+        )
         gradients, tokens = self._gradients(
             lm, spans, common, None if on_progress is None else _part(on_progress, 0.5, 1.0), cache
         )
@@ -168,7 +171,7 @@ class NaturalGradient(Method):
                 "texts": len(spans),
                 "tokens": total,
                 **{key: getattr(self, key) for key in _OF_POPULATION},
-                "reference_norm": reference_norms(lm, spans, self.sites(lm), cache),
+                "reference_norm": norms,
             },
         )
         return self.artifact
@@ -285,7 +288,12 @@ class NaturalGradient(Method):
         return _by_user(users, *self._gradients(lm, spans, common, on_progress, cache))
 
     def _train_common(
-        self, lm: FrozenLM, spans: Sequence[Span], on_progress: Callable[[float], None] | None, cache: Cache | None
+        self,
+        lm: FrozenLM,
+        spans: Sequence[Span],
+        norms: Mapping[str, float],
+        on_progress: Callable[[float], None] | None,
+        cache: Cache | None,
     ) -> dict[Site, Float[Tensor, " d"]]:
         """c at each site, float32, on the CPU."""
         steps = min(self.common_steps, max(len(spans) // self.batch, 1))
@@ -300,6 +308,7 @@ class NaturalGradient(Method):
             lm,
             [spans],
             self.sites(lm),
+            norms=[norms],
             positions=self.positions,
             steps=steps,
             batch=self.batch,

@@ -20,7 +20,14 @@ from steer.history import History
 from steer.inject import Edit
 from steer.inject.positions import Positions, require_positions
 from steer.method import Method
-from steer.methods.vectors import TrainedVectors, by_site, layer_sites, train_vectors, vector_edits
+from steer.methods.vectors import (
+    TrainedVectors,
+    by_site,
+    layer_sites,
+    reference_norms,
+    train_vectors,
+    vector_edits,
+)
 from steer.read import Span, record_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
@@ -93,7 +100,8 @@ class TrainedVector(Method):
         if not spans:
             raise SteerError("there are no records to train the common vector on")
         told = each_step(self.shared_steps, on_progress, on_step)
-        trained = self._descend(lm, [spans], self.shared_steps, common=None, on_step=told)
+        norms = reference_norms(lm, spans, self.sites)
+        trained = self._descend(lm, [spans], self.shared_steps, norms=[norms], common=None, on_step=told)
         self.artifact = Artifact(
             method=self.name,
             version=self.version,
@@ -103,7 +111,7 @@ class TrainedVector(Method):
                 "positions": self.positions,
                 "shared_steps": self.shared_steps,
                 "learning_rate": self.learning_rate,
-                "reference_norm": trained.norms[0],
+                "reference_norm": norms,
             },
         )
         return self.artifact
@@ -158,7 +166,8 @@ class TrainedVector(Method):
         if empty := [history for history in histories if not len(history)]:
             raise SteerError(f"{empty[0].user_id!r} has no records to train a vector on")
         texts = [[record_span(lm, record) for record in history] for history in histories]
-        trained = self._descend(lm, texts, self.steps, common=self._common(lm), on_step=on_step)
+        norms = [reference_norms(lm, spans, self.sites) for spans in texts]
+        trained = self._descend(lm, texts, self.steps, norms=norms, common=self._common(lm), on_step=on_step)
         settings = ("steps", "learning_rate", "weight_decay", "max_dose", "batch", "holdout", "positions")
         return [
             UserState(
@@ -170,7 +179,7 @@ class TrainedVector(Method):
                     artifact=self.artifact.hash if self.shared_steps and self.artifact is not None else None,
                     records=tuple(record.id for record in history),
                     settings={name: getattr(self, name) for name in settings},
-                    calibration={"reference_norm": trained.norms[user], "step": trained.steps[user]},
+                    calibration={"reference_norm": norms[user], "step": trained.steps[user]},
                 ),
                 tensors=by_site({site: vectors[user] for site, vectors in trained.vectors.items()}),
             )
@@ -195,6 +204,7 @@ class TrainedVector(Method):
         texts: Sequence[Sequence[Span]],
         steps: int,
         *,
+        norms: Sequence[Mapping[str, float]],
         common: Mapping[str, Tensor] | None,
         on_step: Callable[[int, float], None] | None,
     ) -> TrainedVectors:
@@ -202,6 +212,7 @@ class TrainedVector(Method):
             lm,
             texts,
             self.sites,
+            norms=norms,
             positions=self.positions,
             common=common,
             max_dose=self.max_dose,

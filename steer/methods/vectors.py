@@ -60,12 +60,10 @@ class TrainedVectors:
 
     Attributes:
         vectors: at each site, one for each user.
-        norms: the median residual norm at each site, for each user.
         steps: after how many steps each user's vectors were kept.
     """
 
     vectors: Mapping[Site, Float[Tensor, "user d"]]
-    norms: list[dict[str, float]]
     steps: list[int]
 
 
@@ -74,25 +72,26 @@ def train_vectors(
     texts: Sequence[Sequence[Span]],
     sites: Sequence[Site],
     *,
+    norms: Sequence[Mapping[str, float]],
     positions: Positions,
     common: Mapping[str, Float[Tensor, " d"]] | None = None,
     max_dose: float | None = None,
     on_step: Callable[[int, float], None] | None = None,
     **settings: Any,
 ) -> TrainedVectors:
-    """Trains vectors that make each user's texts likely; a step is in units of the residual norm.
+    """Trains vectors that make each user's texts likely; a step is in units of the residual norms.
 
     Args:
         lm: the model; no gradient is computed for its parameters.
         texts: of each user.
         sites: where the vectors are added.
+        norms: the residual's reference norms at the sites, for each user.
         positions: from which position on.
         common: vectors that are added to everybody's, by the names of the sites.
-        max_dose: bound of a vector's norm, in units of the median residual norm; None for no bound.
+        max_dose: bound of a vector's norm, in the same units; None for no bound.
         on_step: told the number of each step and the users' mean loss, in nats per token.
         settings: of `train_users`.
     """
-    norms = [reference_norms(lm, spans, sites) for spans in texts]
     # In units in which the residual's elements are about 1.
     elements = {site: torch.zeros(len(texts), lm.width_at(site), device=lm.device) for site in sites}
     units = {
@@ -120,7 +119,7 @@ def train_vectors(
         on_step=None if on_step is None else lambda step, losses: on_step(step, float(losses.nanmean())),
         **settings,
     )
-    return TrainedVectors({site: units[site] * values.detach() for site, values in elements.items()}, norms, kept)
+    return TrainedVectors({site: units[site] * values.detach() for site, values in elements.items()}, kept)
 
 
 def vector_edits(states: Sequence[UserState | None], like: UserState, artifact: Artifact | None = None) -> list[Edit]:
