@@ -55,7 +55,7 @@ class Arm:
         amounts: strengths, or doses where `dosed`.
         dosed: whether the amounts are in units of the residual norm.
         apart: whether each of the states' sites is tried alone, too many being added otherwise.
-        whitened: whether vectors are divided by the covariance of all users' texts, at the length that they had.
+        whitened: whether vectors are divided by the covariance of all users' texts.
     """
 
     method: str
@@ -103,8 +103,8 @@ ARMS = {
     "gradient, step 24": _natural(step=24),
     "gradient, damping 16": _natural(damping=16),
     "gradient, prior 120,000": _natural(prior=120_000, step=24),
-    # With so much damping F plays no part.
-    "gradient, without F": _natural(damping=1e6, prior=1, step=4e5),
+    # All is 100,000 times as much, so that F plays no part and everything else is as it was.
+    "gradient, without F": _natural(damping=4e5, prior=6e9, step=1.6e6),
 }
 
 
@@ -163,7 +163,7 @@ def _fit(
 def _whitened(
     lm: steer.FrozenLM, states: Sequence[UserState], histories: Sequence[History], cache: Cache
 ) -> list[UserState]:
-    """Fisher's linear discriminant in place of the difference of means: v ← (Σ + 0.1 · tr(Σ)/d · I)⁻¹ v."""
+    """Divided by the covariance of all texts: v ← (Σ + 0.1 · tr(Σ)/d · I)⁻¹ v."""
     spans = [record_span(lm, record) for history in histories for record in history]
     readings = read(
         lm, spans, [steer.Site.parse(site) for site in states[0].provenance.sites], pool="mean", cache=cache
@@ -173,8 +173,7 @@ def _whitened(
         covariance = Moments.of(reading.pooled, covariance=True).covariance
         ridge = 0.1 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
         vectors = torch.stack([state.tensors[str(site)].double() for state in states])
-        directions = torch.nn.functional.normalize(torch.linalg.solve(covariance + ridge, vectors.T).T, dim=1)
-        for tensors, vector in zip(solved, directions * vectors.norm(dim=1, keepdim=True), strict=True):
+        for tensors, vector in zip(solved, torch.linalg.solve(covariance + ridge, vectors.T).T, strict=True):
             tensors[str(site)] = vector.float()
     return [UserState(state.provenance, tensors) for state, tensors in zip(states, solved, strict=True)]
 

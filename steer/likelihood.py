@@ -85,10 +85,14 @@ def response_gradients(
         for site in sites:
             gradients[site][i] = known[site]["gradient"]
     done = len(found)
+    if found and on_progress is not None:
+        on_progress(done)
     for batch in by_length({i: span.end for i, span in enumerate(spans) if i not in found}, batch_tokens):
         texts = [spans[i] for i in batch]
         offsets = {site: vector.repeat(len(batch), 1).requires_grad_() for site, vector in point.items()}
-        losses, _ = response_losses(lm, texts, [ResidualEdit(site, at, positions) for site, at in offsets.items()])
+        losses, _ = response_losses(
+            lm, texts, [ResidualEdit(site, vectors, positions) for site, vectors in offsets.items()]
+        )
         for site, gradient in zip(sites, torch.autograd.grad(losses.sum(), list(offsets.values())), strict=True):
             gradients[site][batch] = gradient.float().cpu()
         if kept is not None:

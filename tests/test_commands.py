@@ -33,15 +33,19 @@ def texts(
     return file
 
 
-def test_extract_says_how_it_read_and_when_that_is_too_little_to_show(texts: Path) -> None:
+def test_extract_says_how_it_read_and_of_whom_there_was_too_little(texts: Path) -> None:
     bank = texts.parent / "people.bank"
     faint = run("extract", texts, "--bank", bank, "--layer", 1)
     assert "2 states of natural_gradient named 'style'" in faint.stderr
-    assert "too short for strength 1 to show" in " ".join(faint.stderr.split())
-    plain = run("extract", texts, "--bank", bank, "--layer", 1, "--neutral", "population")
-    assert "2 states of style_vector" in plain.stderr
-    assert "too short" not in plain.stderr
-    assert json.loads(run("extract", texts, "--bank", bank, "--json").stdout)["method"] == "natural_gradient"
+    assert "The vectors of ann and 1 others are mostly what all users have in common" in " ".join(faint.stderr.split())
+    clear = run("extract", texts, "--bank", bank, "--layer", 1, "--set", "step=1e4")
+    assert "have in common" not in clear.stderr
+    style = run("extract", texts, "--bank", bank, "--layer", 1, "--neutral", "population")
+    assert "2 states of style_vector" in style.stderr
+    assert "have in common" not in style.stderr
+    printed = json.loads(run("extract", texts, "--bank", bank, "--json").stdout)
+    assert printed["method"] == "natural_gradient"
+    assert 0 < printed["users"]["ann"]["own_share"] < 0.2
 
 
 def test_generate_answers_as_the_library_does(texts: Path, llama: steer.FrozenLM) -> None:

@@ -85,15 +85,98 @@ def test_vectors_are_what_the_equation_says(llama: steer.FrozenLM, histories: li
     assert artifact.settings["tokens"] == t.sum()
 
 
-def test_what_all_have_in_common_is_a_trained_vector(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+@pytest.mark.parametrize("positions", ["response", "all"])
+def test_what_all_have_in_common_is_a_trained_vector(
+    llama: steer.FrozenLM, histories: list[steer.History], positions: Any
+) -> None:
     """Six texts make three steps with two texts in each; `TrainedVector` makes as many as it is told."""
-    settings = {"layer": [0, 1], "learning_rate": 0.05, "batch": 2, "seed": 3}
-    artifact = steer.NaturalGradient(common_steps=50, **settings).train(llama, histories)  # type: ignore[arg-type]
-    trained = steer.TrainedVector(shared_steps=3, **settings).train(llama, histories)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"layer": [0, 1], "learning_rate": 0.05, "batch": 2, "seed": 3, "positions": positions}
+    artifact = steer.NaturalGradient(common_steps=50, **settings).train(llama, histories)
+    trained = steer.TrainedVector(shared_steps=3, **settings).train(llama, histories)
     assert trained is not None
     for site in SITES:
         assert_close(artifact.tensors[f"{site}.common"], trained.tensors[str(site)])
         assert trained.tensors[str(site)].norm() > 0.1
+    nothing = steer.NaturalGradient(common_steps=0, **settings).train(llama, histories)
+    assert not any(nothing.tensors[f"{site}.common"].any() for site in SITES)
+
+
+def test_many_texts_are_sampled(
+    llama: steer.FrozenLM, histories: list[steer.History], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steer.methods.natural_gradient._SAMPLE", 4)
+    method = steer.NaturalGradient(layer=1)
+    artifact = method.train(llama, histories)
+    assert artifact.settings["texts"] == 4
+    again = steer.NaturalGradient(layer=1)
+    again.use(llama, artifact)
+    for history in histories:
+        assert_close(
+            method.fit(llama, history).tensors["resid_post[1]"], again.fit(llama, history).tensors["resid_post[1]"]
+        )
+
+
+def test_what_was_read_for_one_population_is_not_used_with_another(
+    llama: steer.FrozenLM, histories: list[steer.History]
+) -> None:
+    settings: dict[str, Any] = {"layer": 1, "prior": 100.0, "learning_rate": 0.3}
+    other = steer.NaturalGradient(**settings)
+    artifact = other.train(llama, histories[1:])
+    expected = other.fit(llama, histories[0]).tensors["resid_post[1]"]
+    method = steer.NaturalGradient(**settings)
+    method.train(llama, histories)
+    method.use(llama, artifact)
+    assert_close(method.fit(llama, histories[0]).tensors["resid_post[1]"], expected)
+    method.train(llama, histories)
+    method.train(llama, histories[1:])
+    assert_close(method.fit(llama, histories[0]).tensors["resid_post[1]"], expected)
+
+
+def test_progress_rises_to_the_end(llama: steer.FrozenLM, histories: list[steer.History], tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "gradients")
+    for least in (4, 2):
+        told: list[float] = []
+        steer.NaturalGradient(layer=1, batch=2).train(llama, histories, told.append, cache=cache)
+        assert told == sorted(told)
+        assert len(told) >= least
+        assert told[-1] == pytest.approx(1)
+
+
+def test_a_cache_tells_trainings_apart(llama: steer.FrozenLM, histories: list[steer.History], tmp_path: Path) -> None:
+    def same(lm: steer.FrozenLM, users: list[steer.History], **settings: Any) -> Tensor:
+        one = steer.NaturalGradient(layer=1, **settings).train(lm, users, cache=Cache(tmp_path / "gradients"))
+        other = steer.NaturalGradient(layer=1, **settings).train(lm, users)
+        for name in ("common", "mean", "variances"):
+            assert_close(one.tensors[f"resid_post[1].{name}"], other.tensors[f"resid_post[1].{name}"])
+        return other.tensors["resid_post[1].mean"]
+
+    means = [
+        same(llama, histories),
+        same(llama, histories, learning_rate=0.3),
+        same(llama, histories, positions="all"),
+        same(llama, histories, seed=1, batch=2),
+        same(llama, histories[1:]),
+    ]
+    with steer.wrap(tiny("llama", seed=3), tokenizer()) as stranger:
+        means.append(same(stranger, histories))
+    for i, mean in enumerate(means):
+        for other in means[:i]:
+            assert (mean - other).norm() > 0.01 * mean.norm()
+
+
+def test_own_share(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    shares = []
+    for step in (1.0, 50.0):
+        method = steer.NaturalGradient(layer=1, step=step)
+        artifact = method.train(llama, histories)
+        state = method.fit(llama, histories[0])
+        own = state.tensors["resid_post[1]"] - artifact.tensors["resid_post[1].common"]
+        assert method.own_share(state) == pytest.approx((own.norm() / state.tensors["resid_post[1]"].norm()).item())
+        shares.append(method.own_share(state))
+    assert shares[0] < shares[1]
+    method.train(llama, histories[1:])
+    with pytest.raises(steer.SteerError, match="another artifact"):
+        method.own_share(state)
 
 
 def test_own_texts_become_likelier_and_more_so_than_under_anothers_vector(
@@ -222,6 +305,11 @@ def test_bad_input(llama: steer.FrozenLM, histories: list[steer.History]) -> Non
         ({"damping": 0.0}, "damping=0.0 is not"),
         ({"learning_rate": float("inf")}, "learning_rate=inf is not"),
         ({"prior": float("nan")}, "prior=nan is not"),
+        ({"batch": 0}, "batch=0 is not a whole number from 1 on"),
+        ({"common_steps": -1}, "common_steps=-1 is not a whole number from 0 on"),
+        ({"max_tokens": 2.5}, "max_tokens=2.5 is not"),
+        ({"seed": "x"}, "seed='x' is not"),
+        ({"layer": True}, "names no block"),
         ({"positions": "reponse"}, "not one of response"),
         ({"layer": []}, "names no block"),
     ):
@@ -237,9 +325,11 @@ def test_bad_input(llama: steer.FrozenLM, histories: list[steer.History]) -> Non
         method.fit(llama, steer.History("ann", ()))
     other = steer.NaturalGradient(layer=2)
     other.use(llama, method.artifact)  # type: ignore[arg-type]
-    with pytest.raises(steer.SteerError, match=r"the population was read at resid_post\[1\]; train again"):
+    with pytest.raises(steer.SteerError, match=r"read at resid_post\[1\], and this method reads at resid_post\[2\]"):
         other.fit(llama, histories[0])
-    other = steer.NaturalGradient(layer=1, learning_rate=0.1)
+    other = steer.NaturalGradient(layer=1, max_tokens=64)
     other.use(llama, method.artifact)  # type: ignore[arg-type]
-    with pytest.raises(steer.SteerError, match=r"the population was read for learning_rate=0\.02; train again"):
+    with pytest.raises(steer.SteerError, match="read with max_tokens=512, and here it is 64; train again"):
         other.fit(llama, histories[0])
+    with pytest.raises(steer.SteerError, match=r"learning_rate=1e\+37 came to nothing finite"):
+        steer.NaturalGradient(layer=1, learning_rate=1e37).train(llama, histories)

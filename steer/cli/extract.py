@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 DEFAULT = "natural_gradient"
 # Users who are read together, and stored at once.
 _USERS = 256
-# Below this share of the residual norm nobody sees a vector at work.
-_FAINT = 0.04
+# Below this share of a vector its user's own part does not show.
+_FAINT = 0.2
 
 
 def extract(
@@ -151,6 +151,9 @@ def extract(
             fitted = fitting.fit_many(lm, known, share_of(task, first, len(some)), **cached)
             store.update({(key, name): state for key, state in zip(some, fitted, strict=True)})
             rows |= {key: _to_json(state) for key, state in zip(some, fitted, strict=True)}
+            if isinstance(fitting, NaturalGradient):
+                for key, state in zip(some, fitted, strict=True):
+                    rows[key]["own_share"] = round(fitting.own_share(state), 4)
     if as_json:
         result = {"model": model, "bank": str(bank), "name": name, "method": fitting.name, "users": rows}
         print(json.dumps(result, ensure_ascii=False))
@@ -162,11 +165,11 @@ def extract(
             table.add_row(key, str(row["records"]), at, f"{numbers['norm']:.4g}", dose)
     options.out.print(table)
     options.err.print(f"{len(rows)} states of {fitting.name} named {name!r} in {bank}")
-    doses = [numbers["dose"] for row in rows.values() for numbers in row["sites"].values() if numbers["dose"]]
-    if doses and max(doses) < _FAINT:
+    if faint := [key for key, row in rows.items() if row.get("own_share", 1.0) < _FAINT]:
+        whose = faint[0] if len(faint) == 1 else f"{faint[0]} and {len(faint) - 1} others"
         options.err.print(
-            "These vectors are too short for strength 1 to show, as there was little to read. "
-            "Generate with more, such as --dose 0.1, or read them with --method style-vector."
+            f"The vectors of {whose} are mostly what all users have in common, as there was little to read of them; "
+            "--method style-vector shows more of who wrote little."
         )
 
 

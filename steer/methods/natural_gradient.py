@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 
 # Texts whose gradients make F, at most.
 _SAMPLE = 1024
-# Those hyper-parameters that say how the population is read.
-_OF_POPULATION = ("common_steps", "learning_rate", "batch", "positions", "max_tokens", "seed")
+# Those hyper-parameters that say how texts are read, the population's as a user's.
+_OF_TEXTS = ("positions", "max_tokens")
 # Layers 8, 16 and 23 of SmolLM2's 30.
 _DEPTHS = (0.27, 0.53, 0.77)
 
@@ -72,10 +72,10 @@ class NaturalGradient(Method):
 
     Args:
         layer: after which block, or blocks, to read and to add; if None three, at a quarter, a half and three quarters.
-        step: length of the step to the user, over all layers; F overestimates the curvature, so that 1 falls far short.
+        step: how far to go to the user, over all layers; F overestimates the curvature, so that 1 falls far short.
         damping: λ, which bounds the step however much is known.
         prior: T₀, in tokens: somebody who wrote little goes less far.
-        common_steps: of the training of c; fewer where there are too few texts for each step to have new ones.
+        common_steps: of the training of c, 0 for none; fewer where there are too few texts for each to have new ones.
         learning_rate: of that training, in units of the median residual norm.
         batch: texts in a step of it.
         positions: from which position on the vector is added, in reading as in steering.
@@ -83,11 +83,12 @@ class NaturalGradient(Method):
         seed: of the order of texts in training, and of those that are read where there are more than 1,024.
 
     Raises:
-        SteerError: `step`, `damping`, `prior` or `learning_rate` is not positive, or there are no such positions or no
-            such layer.
+        SteerError: one of the numbers is not positive or, where things are counted, not whole; or there are no such
+            positions or no such layer.
     """
 
     name: ClassVar[str] = "natural_gradient"
+    version: ClassVar[int] = 2
 
     layer: int | Sequence[int] | None = None
     step: float = 16.0
@@ -99,14 +100,18 @@ class NaturalGradient(Method):
     positions: Positions = "response"
     max_tokens: int = 512
     seed: int = 0
-    # What `train` has read of each history, so that `fit` need not read it again.
-    _known: dict[tuple[FrozenLM, History], _Sums] = field(default_factory=dict, init=False, repr=False)
+    # What `train` has read of each history, where the artifact of this hash says, so that `fit` need not read it again.
+    _known: dict[tuple[FrozenLM, str, History], _Sums] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("step", "damping", "prior", "learning_rate"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise SteerError(f"{name}={value!r} is not a positive number")
+        for name, least in (("common_steps", 0), ("batch", 1), ("max_tokens", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise SteerError(f"{name}={value!r} is not a whole number from {least} on")
         require_positions(self.positions)
         if self.layer is not None:
             layer_sites(self.layer)
@@ -130,11 +135,11 @@ class NaturalGradient(Method):
         Args:
             lm: the model; no gradient is computed for its parameters.
             histories: of the population; the users to be fitted may be among them.
-            on_progress: told from time to time what share of the texts is read.
-            cache: texts that were read before are taken from here, and new ones go here.
+            on_progress: told from time to time what share of the work is done.
+            cache: what was trained or read before is taken from here, and what is new goes here.
 
         Raises:
-            SteerError: there are fewer than two texts.
+            SteerError: there are fewer than two texts, or training came to nothing finite.
         """
         users = list(histories)
         records = [record for history in users for record in history]
@@ -143,15 +148,12 @@ class NaturalGradient(Method):
         chosen = torch.randperm(len(records), generator=torch.Generator().manual_seed(self.seed))[:_SAMPLE].tolist()
         spans = [record_span(lm, records[i], max_tokens=self.max_tokens) for i in sorted(chosen)]
         norms = reference_norms(lm, spans, self.sites(lm), cache)
-        common = self._train_common(
-            lm, spans, norms, None if on_progress is None else _part(on_progress, 0.0, 0.5), cache
-        )
-        gradients, tokens = self._gradients(
-            lm, spans, common, None if on_progress is None else _part(on_progress, 0.5, 1.0), cache
-        )
-        if len(spans) == len(records):
-            for history, sums in zip(users, _by_user(users, gradients, tokens), strict=True):
-                self._known[lm, history] = sums
+        steps = min(self.common_steps, max(len(spans) // self.batch, 1))
+        trained = steps * self.batch / (steps * self.batch + len(spans))
+        common = self._train_common(lm, spans, steps, norms, _part(on_progress, 0.0, trained), cache)
+        gradients, tokens = self._gradients(lm, spans, common, _part(on_progress, trained, 1.0), cache)
+        if not all(rows.isfinite().all() for rows in gradients.values()):
+            raise SteerError(f"training with learning_rate={self.learning_rate} came to nothing finite; lower it")
         total = int(tokens.sum())
         tensors: dict[str, Tensor] = {}
         for site, rows in gradients.items():
@@ -170,10 +172,15 @@ class NaturalGradient(Method):
             settings={
                 "texts": len(spans),
                 "tokens": total,
-                **{key: getattr(self, key) for key in _OF_POPULATION},
+                **{key: getattr(self, key) for key in _OF_TEXTS},
+                **{key: getattr(self, key) for key in ("common_steps", "learning_rate", "batch", "seed")},
                 "reference_norm": norms,
             },
         )
+        self._known = {}
+        if len(spans) == len(records):
+            read = zip(users, _by_user(users, gradients, tokens), strict=True)
+            self._known = {(lm, self.artifact.hash, history): sums for history, sums in read}
         return self.artifact
 
     def fit(self, lm: FrozenLM, history: History) -> UserState:
@@ -196,10 +203,12 @@ class NaturalGradient(Method):
         artifact, shared = self._population(lm), self._shared(lm)
         if empty := [history for history in histories if not len(history)]:
             raise SteerError(f"{empty[0].user_id!r} has no records to read a gradient from")
-        known = {i: self._known.pop((lm, h)) for i, h in enumerate(histories) if (lm, h) in self._known}
+        keys = [(lm, artifact.hash, history) for history in histories]
+        known = {i: self._known.pop(key) for i, key in enumerate(keys) if key in self._known}
         missing = [history for i, history in enumerate(histories) if i not in known]
         new = iter(self._read(lm, missing, on_progress, cache))
         sums = [known[i] if i in known else next(new) for i in range(len(histories))]
+        settings = self._settings(artifact)
         return [
             UserState(
                 provenance=Provenance(
@@ -208,7 +217,7 @@ class NaturalGradient(Method):
                     model=lm.fingerprint,
                     sites=tuple(str(site) for site in self.sites(lm)),
                     records=tuple(record.id for record in history),
-                    settings=self._settings(artifact),
+                    settings=settings,
                     calibration={"reference_norm": artifact.settings["reference_norm"], "tokens": own.tokens},
                 ),
                 tensors=by_site(self._vectors(own, shared)),
@@ -236,6 +245,20 @@ class NaturalGradient(Method):
         left = ids_left(state.provenance.records, old_records)
         return self._combined(lm, state, list({r.id: r for r in old_records}.values()), left, operator.sub)
 
+    def own_share(self, state: UserState) -> float:
+        """How much of a state is the user's own, and not what all have in common: ‖v_u − c‖ / ‖v_u‖, mean over sites.
+
+        Raises:
+            SteerError: the state was made with another artifact.
+        """
+        if self.artifact is None or state.provenance.settings.get("population") != self.artifact.hash:
+            raise SteerError("the state was made with another artifact than this method has")
+        shares = [
+            (vector - self.artifact.tensors[f"{site}.common"]).norm() / vector.norm()
+            for site, vector in state.tensors.items()
+        ]
+        return torch.stack(shares).mean().item()
+
     @classmethod
     def bind(
         cls, lm: FrozenLM, states: Sequence[UserState | None], like: UserState, artifact: Artifact | None
@@ -252,11 +275,12 @@ class NaturalGradient(Method):
             raise SteerError("the population's gradients come first: call train(lm, histories), or use(lm, artifact)")
         self._require_model(lm, self.artifact)
         read_at = {name.removesuffix(".mean") for name in self.artifact.tensors if name.endswith(".mean")}
-        if read_at != {str(site) for site in self.sites(lm)}:
-            raise SteerError(f"the population was read at {', '.join(sorted(read_at))}; train again")
-        for name in _OF_POPULATION:
-            if (read_for := self.artifact.settings.get(name)) != getattr(self, name):
-                raise SteerError(f"the population was read for {name}={read_for!r}; train again")
+        if read_at != (asked := {str(site) for site in self.sites(lm)}):
+            there, here = ", ".join(sorted(read_at)), ", ".join(sorted(asked))
+            raise SteerError(f"the population was read at {there}, and this method reads at {here}; train again")
+        for name in _OF_TEXTS:
+            if (there := self.artifact.settings[name]) != (here := getattr(self, name)):
+                raise SteerError(f"the population was read with {name}={there!r}, and here it is {here!r}; train again")
         return self.artifact
 
     def _gradients(
@@ -291,18 +315,20 @@ class NaturalGradient(Method):
         self,
         lm: FrozenLM,
         spans: Sequence[Span],
+        steps: int,
         norms: Mapping[str, float],
         on_progress: Callable[[float], None] | None,
         cache: Cache | None,
     ) -> dict[Site, Float[Tensor, " d"]]:
         """c at each site, float32, on the CPU."""
-        steps = min(self.common_steps, max(len(spans) // self.batch, 1))
         key = key_of(
             (model_key(lm), head_key(lm), "common", 1),
             ([str(site) for site in self.sites(lm)], self.positions, steps, self.learning_rate, self.batch, self.seed),
             [(list(span.ids[: span.end]), span.start) for span in spans],
         )
         if cache is not None and (known := cache.get([key])):
+            if on_progress is not None:
+                on_progress(1.0)
             return {Site.parse(name): vector for name, vector in load(known[key]).items()}
         trained = train_vectors(
             lm,
@@ -401,9 +427,9 @@ class _Sums:
     tokens: int
 
 
-def _part(on_progress: Callable[[float], None], start: float, end: float) -> Callable[[float], None]:
+def _part(on_progress: Callable[[float], None] | None, start: float, end: float) -> Callable[[float], None] | None:
     """Told the share of one part of the work, tells that of the whole."""
-    return lambda share: on_progress(start + share * (end - start))
+    return None if on_progress is None else lambda share: on_progress(start + share * (end - start))
 
 
 def _by_user(

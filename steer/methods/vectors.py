@@ -36,7 +36,7 @@ def layer_sites(layer: int | Sequence[int], name: str = "resid_post") -> list[Si
         SteerError: no block is named, or one by anything but its number.
     """
     layers = list(layer) if isinstance(layer, Sequence) else [layer]
-    if not layers or not all(isinstance(at, int) for at in layers):
+    if not layers or not all(isinstance(at, int) and not isinstance(at, bool) for at in layers):
         raise SteerError(f"layer={layer!r} names no block, or not by its number; give layer=14, or layer=[8, 14]")
     return [Site(name, at) for at in dict.fromkeys(layers)]
 
