@@ -99,6 +99,7 @@ ARMS = {
     "gradient, two layers": _natural(0.27, 0.77),
     "gradient, five layers": _natural(0.13, 0.33, 0.53, 0.7, 0.87),
     "gradient, common part": _natural(step=1e-6),
+    "gradient, nothing in common": _natural(common_steps=0),
     "gradient, step 8": _natural(step=8),
     "gradient, step 24": _natural(step=24),
     "gradient, damping 16": _natural(damping=16),
