@@ -298,12 +298,15 @@ def _plot(studies: Mapping[str, Any], target: Path) -> None:
     """How much states help, against how personal they are; states that do more than a little harm are left out."""
     from matplotlib.figure import Figure
 
+    arms = list(dict.fromkeys(entry["arm"] for study in studies.values() for entry in study["results"]))
     figure = Figure(figsize=(5.5 * len(studies), 5), layout="constrained")
     for place, (name, study) in enumerate(studies.items(), start=1):
         axes = figure.add_subplot(1, len(studies), place)
         axes.axhline(0, color="0.8")
         axes.axvline(0, color="0.8")
-        for i, arm in enumerate(dict.fromkeys(entry["arm"] for entry in study["results"])):
+        for i, arm in enumerate(arms):
+            if arm not in [entry["arm"] for entry in study["results"]]:
+                continue
             own, gap = (
                 [entry["totals"][key]["mean"] for entry in study["results"] if entry["arm"] == arm]
                 for key in ("own_minus_base", "own_minus_other")
