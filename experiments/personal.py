@@ -166,9 +166,7 @@ def _whitened(
 ) -> list[UserState]:
     """Divided by the covariance of all texts: v ← (Σ + 0.1 · tr(Σ)/d · I)⁻¹ v."""
     spans = [record_span(lm, record) for history in histories for record in history]
-    readings = read(
-        lm, spans, [steer.Site.parse(site) for site in states[0].provenance.sites], pool="mean", cache=cache
-    )
+    readings = read(lm, spans, states[0].provenance.sites, pool="mean", cache=cache)
     solved: list[dict[str, Tensor]] = [{} for _ in states]
     for site, reading in readings.items():
         covariance = Moments.of(reading.pooled, covariance=True).covariance

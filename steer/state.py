@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -183,7 +184,8 @@ class Artifact:
     def __post_init__(self) -> None:
         _require_finite(self.tensors, f"a {self.method} artifact")
 
-    @property
+    # Once: it runs over megabytes, and states are compared with it one by one.
+    @cached_property
     def hash(self) -> str:
         """SHA-256 over method, settings and tensors, as 64 hexadecimal digits."""
         digest = hashlib.sha256(json.dumps([self.method, self.version, dict(self.settings)], sort_keys=True).encode())
