@@ -76,7 +76,7 @@ class NaturalGradient(Method):
         damping: λ, which bounds the step however much is known.
         prior: T₀, in tokens: somebody who wrote little goes less far.
         common_steps: of the training of c, 0 for none; fewer where there are too few texts for each to have new ones.
-        learning_rate: of that training, in units of the median residual norm.
+        learning_rate: of that training, in units of what moves predictions by half a nat (`training_units`).
         batch: texts in a step of it.
         positions: from which position on the vector is added, in reading as in steering.
         max_tokens: longer texts are cut.
@@ -95,7 +95,7 @@ class NaturalGradient(Method):
     damping: float = 4.0
     prior: float = 60_000.0
     common_steps: int = 32
-    learning_rate: float = 0.02
+    learning_rate: float = 0.06
     batch: int = 4
     positions: Positions = "response"
     max_tokens: int = 512
@@ -322,7 +322,7 @@ class NaturalGradient(Method):
     ) -> dict[Site, Float[Tensor, " d"]]:
         """c at each site, float32, on the CPU."""
         key = key_of(
-            (model_key(lm), head_key(lm), "common", 1),
+            (model_key(lm), head_key(lm), "common", 2),
             ([str(site) for site in self.sites(lm)], self.positions, steps, self.learning_rate, self.batch, self.seed),
             [(list(span.ids[: span.end]), span.start) for span in spans],
         )
@@ -341,6 +341,7 @@ class NaturalGradient(Method):
             learning_rate=self.learning_rate,
             seed=self.seed,
             on_step=each_step(steps, on_progress),
+            cache=cache,
         )
         common = {site: vectors[0].float().cpu() for site, vectors in trained.vectors.items()}
         if cache is not None:

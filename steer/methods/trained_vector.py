@@ -47,7 +47,8 @@ class TrainedVector(Method):
         layer: after which block, or blocks, to add.
         shared_steps: optimizer steps of the common vector, which `train` then makes; 0 for users who share nothing.
         steps: optimizer steps of a user's own vector.
-        learning_rate: of Adam, in units of the median residual norm: a step moves a vector by at most about this share.
+        learning_rate: of Adam, in units of what moves predictions by half a nat (`training_units`): about the most that
+            a step moves a vector.
         weight_decay: of AdamW.
         max_dose: bound of a vector's norm, in units of the median residual norm; None for no bound.
         batch: texts of a user in a step.
@@ -64,7 +65,7 @@ class TrainedVector(Method):
     layer: int | Sequence[int]
     shared_steps: int = 0
     steps: int = 30
-    learning_rate: float = 0.02
+    learning_rate: float = 0.06
     weight_decay: float = 0.0
     max_dose: float | None = None
     batch: int = 8
@@ -179,7 +180,11 @@ class TrainedVector(Method):
                     artifact=self.artifact.hash if self.shared_steps and self.artifact is not None else None,
                     records=tuple(record.id for record in history),
                     settings={name: getattr(self, name) for name in settings},
-                    calibration={"reference_norm": norms[user], "step": trained.steps[user]},
+                    calibration={
+                        "reference_norm": norms[user],
+                        "unit": trained.units[user],
+                        "step": trained.steps[user],
+                    },
                 ),
                 tensors=by_site({site: vectors[user] for site, vectors in trained.vectors.items()}),
             )
