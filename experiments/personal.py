@@ -10,7 +10,8 @@ again, so that the same call goes on where it was stopped.
     python -m steer.experiments.personal --report study/commits-first.json study/answers-first.json --plot study.png
 
 The report has nats per token, with 95 % bootstrap intervals over users: own − base below zero says that states help,
-own − others below zero that they are personal.
+own − others below zero that they are personal. Of studies that were made with `--others 0`, which is enough to compare
+layers and strengths by own − base, the plot is a heat map.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,12 @@ from steer.plan import edits_of
 from steer.read import Span, read, record_span
 from steer.score import Scores, UserScore, row_losses
 from steer.state import Artifact, UserState
+from steer.view.colours import CHANGE, colour, colour_map, ink
 
 # Where style vectors are read, as shares of a model's layers; each is tried alone. 14 and 23 of SmolLM2-135M's 30.
 DEPTHS = (0.47, 0.77)
+# The same for a grid: 4, 8, 14, 19, 23 and 25.
+GRID = (0.13, 0.27, 0.47, 0.63, 0.77, 0.83)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,10 @@ def _style(whitened: bool = False, **settings: Any) -> Arm:
     return Arm("style_vector", settings, DEPTHS, (0.05, 0.1), dosed=True, apart=True, whitened=whitened)
 
 
+def _grid(**settings: Any) -> Arm:
+    return Arm("style_vector", settings, GRID, (0.02, 0.05, 0.1, 0.2), dosed=True, apart=True)
+
+
 def _natural(*depths: float, **settings: Any) -> Arm:
     return Arm("natural_gradient", settings, depths)
 
@@ -92,6 +101,9 @@ ARMS = {
     "mean, population, whitened": _style(whitened=True, pool="mean", neutral="population"),
     "logistic, population": _style(extractor="logistic", pool="mean", neutral="population"),
     "pca, population": _style(extractor="pca", pool="mean", neutral="population"),
+    "grid: last, model": _grid(pool="last", neutral="model"),
+    "grid: mean, model": _grid(pool="mean", neutral="model"),
+    "grid: mean, population": _grid(pool="mean", neutral="population"),
     "trained": _trained(),
     "trained, shared stage": _trained(shared_steps=24),
     "gradient": _natural(),
@@ -269,13 +281,18 @@ def _hash(data: str | bytes) -> str:
 
 def _line(entry: Mapping[str, Any]) -> str:
     totals = entry["totals"]
-    own, gap = totals["own_minus_base"], totals["own_minus_other"]
-    return (
-        f"| {entry['arm']} | {entry['sites']} | {entry['amount']:g} "
-        f"| {own['mean']:+.4f} [{own['low']:+.4f}, {own['high']:+.4f}] | {totals['other_minus_base']['mean']:+.4f} "
-        f"| {gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}] "
-        f"| {totals['better_than_base']:.0%} | {totals['own_beats_others']:.0%} | {totals['top1']:.0%} |"
-    )
+    own = totals["own_minus_base"]
+    cells = [entry["arm"], entry["sites"], f"{entry['amount']:g}", _with_interval(own)]
+    if gap := totals.get("own_minus_other"):
+        cells += [f"{totals['other_minus_base']['mean']:+.4f}", _with_interval(gap)]
+        cells += [f"{totals[share]:.0%}" for share in ("better_than_base", "own_beats_others", "top1")]
+    else:
+        cells += ["", "", f"{totals['better_than_base']:.0%}", "", ""]
+    return f"| {' | '.join(cells)} |"
+
+
+def _with_interval(change: Mapping[str, float]) -> str:
+    return f"{change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"
 
 
 def _report(paths: Sequence[Path], plot: Path | None) -> None:
@@ -289,7 +306,12 @@ def _report(paths: Sequence[Path], plot: Path | None) -> None:
         for entry in study["results"]:
             print(_line(entry))
     if plot is not None:
-        _plot(studies, plot)
+        compared = [entry for study in studies.values() for entry in study["results"] if _is_compared(entry)]
+        (_plot if compared else _plot_grids)(studies, plot)
+
+
+def _is_compared(entry: Mapping[str, Any]) -> bool:
+    return "own_minus_other" in entry["totals"]
 
 
 def _plot(studies: Mapping[str, Any], target: Path) -> None:
@@ -314,6 +336,31 @@ def _plot(studies: Mapping[str, Any], target: Path) -> None:
         axes.set(title=name, xlabel="own − base (nats per token; left is better)")
         axes.set_ylabel("own − others (nats per token; down is more personal)")
         axes.legend(fontsize=7)
+    figure.savefig(target, dpi=150)
+
+
+def _plot_grids(studies: Mapping[str, Any], target: Path) -> None:
+    """How much states help by site and amount: a row of maps for each way, a column for each study."""
+    from matplotlib.figure import Figure
+
+    arms = list(dict.fromkeys(entry["arm"] for study in studies.values() for entry in study["results"]))
+    figure = Figure(figsize=(4.2 * len(studies), 3.2 * len(arms)), layout="constrained")
+    panels = figure.subplots(len(arms), len(studies), squeeze=False)
+    for (row, arm), (column, (name, study)) in product(enumerate(arms), enumerate(studies.items())):
+        axes, entries = panels[row, column], [entry for entry in study["results"] if entry["arm"] == arm]
+        sites, amounts = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("sites", "amount"))
+        if not entries:
+            axes.set_axis_off()
+            continue
+        change = torch.tensor([entry["totals"]["own_minus_base"]["mean"] for entry in entries]).reshape(len(sites), -1)
+        # Harm may be of any size, and is all the same beyond a tenth of a nat.
+        axes.imshow(change.numpy(), cmap=colour_map(CHANGE), vmin=-0.1, vmax=0.1, aspect="auto")
+        for i, j in product(range(len(sites)), range(len(amounts))):
+            back = colour(change[i, j].item() / 0.1, CHANGE)
+            axes.text(j, i, f"{change[i, j]:+.3f}", ha="center", va="center", color=ink(back), fontsize=8)
+        axes.set_xticks(range(len(amounts)), [f"{amount:g}" for amount in amounts])
+        axes.set_yticks(range(len(sites)), sites)
+        axes.set(title=f"{name}\n{arm}", xlabel="dose")
     figure.savefig(target, dpi=150)
 
 

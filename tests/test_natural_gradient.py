@@ -334,6 +334,8 @@ def test_bad_input(llama: steer.FrozenLM, histories: list[steer.History], monkey
     other.use(llama, method.artifact)  # type: ignore[arg-type]
     with pytest.raises(steer.SteerError, match="read with max_tokens=512, and here it is 64; train again"):
         other.fit(llama, histories[0])
-    monkeypatch.setattr("steer.methods.vectors.training_units", lambda *_, **__: [{"resid_post[1]": 1e38}])
-    with pytest.raises(steer.SteerError, match=r"learning_rate=0.1 came to nothing finite"):
-        steer.NaturalGradient(layer=1, learning_rate=0.1).train(llama, histories)
+    with (
+        steer.wrap(tiny("llama").half(), tokenizer()) as half,
+        pytest.raises(steer.SteerError, match=r"learning_rate=1e\+30 came to nothing finite"),
+    ):
+        steer.NaturalGradient(layer=1, learning_rate=1e30).train(half, histories)

@@ -61,6 +61,25 @@ def test_arms_are_scored_once_and_reported(
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_grids_need_no_others(
+    study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "out" / "s.json"
+    run(monkeypatch, *study, "--others", "0", "--arms", "grid: mean, population")
+    entries = json.loads(result.read_text())["results"]
+    points = {(entry["sites"], entry["amount"]): entry["totals"]["own_minus_base"]["mean"] for entry in entries}
+    assert set(points) == {(f"resid_post[{i}]", dose) for i in range(3) for dose in (0.02, 0.05, 0.1, 0.2)}
+    run(monkeypatch, *study[:-1], str(tmp_path / "compared.json"), "--arms", "mean, population")
+    for entry in json.loads((tmp_path / "compared.json").read_text())["results"]:
+        if (entry["sites"], entry["amount"]) in points:
+            same = points[entry["sites"], entry["amount"]]
+            assert entry["totals"]["own_minus_base"]["mean"] == pytest.approx(same, abs=1e-6)
+    capsys.readouterr()
+    run(monkeypatch, "--report", str(result), "--plot", str(tmp_path / "plot.png"))
+    assert "| grid: mean, population | resid_post[0] | 0.02 |" in capsys.readouterr().out
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
 def test_other_settings_are_another_result(study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, *study, "--arms", "gradient")
     monkeypatch.setitem(personal.ARMS, "gradient", personal.Arm("natural_gradient", {"step": 3.0}))
