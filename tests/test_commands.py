@@ -37,7 +37,7 @@ def test_extract_says_how_it_read_and_of_whom_there_was_too_little(texts: Path) 
     bank = texts.parent / "people.bank"
     faint = run("extract", texts, "--bank", bank, "--layer", 1)
     assert "2 states of natural_gradient named 'style'" in faint.stderr
-    assert "The vectors of ann and 1 others are mostly what all users have in common" in " ".join(faint.stderr.split())
+    assert "The vectors of ann and 1 other are mostly what all users have in common" in " ".join(faint.stderr.split())
     clear = run("extract", texts, "--bank", bank, "--layer", 1, "--set", "step=1e4")
     assert "have in common" not in clear.stderr
     style = run("extract", texts, "--bank", bank, "--layer", 1, "--neutral", "population")

@@ -19,6 +19,7 @@ from steer.inject import Edit
 from steer.likelihood import negative_log_likelihood, response_losses
 from steer.method import method_of
 from steer.methods.perfit import orthonormal
+from steer.methods.vectors import training_units
 from steer.read import Span, record_span
 from steer.train import train_users
 
@@ -80,6 +81,25 @@ def test_a_trained_vector_is_adams_on_the_likelihood(lm: steer.FrozenLM, histori
         (total / count).backward()
         optimizer.step()
     assert_close(state.tensors[str(SITE)] / scale, element.detach(), 1e-3)
+
+
+def test_a_unit_moves_predictions_by_about_half_a_nat(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    """Against each text's gradient by itself; and no unit is longer than the residual stream."""
+    users = [[record_span(llama, record) for record in history] for history in people(histories)]
+    free, short = ([{str(SITE): norm}] * len(users) for norm in (1e9, 1e-3))
+    common = {str(SITE): torch.full((WIDTH,), 0.1)}
+    units = training_units(llama, users, [SITE], norms=free, positions="response", common=common)
+    for spans, unit in zip(users, units, strict=True):
+        trace = 0.0
+        for span in spans:
+            vector = common[str(SITE)].clone().requires_grad_(True)
+            losses, _ = response_losses(llama, [span], [steer.ResidualEdit(SITE, vector[None])])
+            losses.sum().backward()
+            assert vector.grad is not None
+            trace += vector.grad.square().sum().item() / sum(span.end - span.start for span in spans)
+        assert unit[str(SITE)] == pytest.approx((WIDTH / trace) ** 0.5, rel=1e-4)
+    assert len({round(unit[str(SITE)], 3) for unit in units}) == len(units)
+    assert training_units(llama, users, [SITE], norms=short, positions="response") == short
 
 
 def test_the_gradient_is_that_of_finite_differences(histories: list[steer.History]) -> None:

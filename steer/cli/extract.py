@@ -166,7 +166,8 @@ def extract(
     options.out.print(table)
     options.err.print(f"{len(rows)} states of {fitting.name} named {name!r} in {bank}")
     if faint := [key for key, row in rows.items() if row.get("own_share", 1.0) < _FAINT]:
-        whose = faint[0] if len(faint) == 1 else f"{faint[0]} and {len(faint) - 1} others"
+        more = len(faint) - 1
+        whose = f"{faint[0]} and {more} other{'s'[: more != 1]}" if more else faint[0]
         options.err.print(
             f"The vectors of {whose} are mostly what all users have in common, as there was little to read of them; "
             "--method style-vector shows more of who wrote little."
