@@ -308,12 +308,10 @@ def _report(paths: Sequence[Path], plot: Path | None) -> None:
         for entry in study["results"]:
             print(_line(entry))
     if plot is not None:
-        compared = [entry for study in studies.values() for entry in study["results"] if _is_compared(entry)]
-        (_plot if compared else _plot_grids)(studies, plot)
-
-
-def _is_compared(entry: Mapping[str, Any]) -> bool:
-    return "own_minus_other" in entry["totals"]
+        grids = [name for name, study in studies.items() if not study["study"]["others"]]
+        if grids and len(grids) < len(studies):
+            raise SteerError(f"{grids[0]} was made with --others 0 and others were not; plot them apart")
+        (_plot_grids if grids else _plot)(studies, plot)
 
 
 def _plot(studies: Mapping[str, Any], target: Path) -> None:
@@ -350,11 +348,12 @@ def _plot_grids(studies: Mapping[str, Any], target: Path) -> None:
     panels = figure.subplots(len(arms), len(studies), squeeze=False)
     for (row, arm), (column, (name, study)) in product(enumerate(arms), enumerate(studies.items())):
         axes, entries = panels[row, column], [entry for entry in study["results"] if entry["arm"] == arm]
-        sites, amounts = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("sites", "amount"))
         if not entries:
             axes.set_axis_off()
             continue
-        change = torch.tensor([entry["totals"]["own_minus_base"]["mean"] for entry in entries]).reshape(len(sites), -1)
+        sites, amounts = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("sites", "amount"))
+        points = {(entry["sites"], entry["amount"]): entry["totals"]["own_minus_base"]["mean"] for entry in entries}
+        change = torch.tensor([[points[site, amount] for amount in amounts] for site in sites])
         # Harm may be of any size, and is all the same beyond a tenth of a nat.
         axes.imshow(change.numpy(), cmap=colour_map(CHANGE), vmin=-0.1, vmax=0.1, aspect="auto")
         for i, j in product(range(len(sites)), range(len(amounts))):
@@ -362,7 +361,7 @@ def _plot_grids(studies: Mapping[str, Any], target: Path) -> None:
             axes.text(j, i, f"{change[i, j]:+.3f}", ha="center", va="center", color=ink(back), fontsize=8)
         axes.set_xticks(range(len(amounts)), [f"{amount:g}" for amount in amounts])
         axes.set_yticks(range(len(sites)), sites)
-        axes.set(title=f"{name}\n{arm}", xlabel="dose")
+        axes.set(title=f"{name}\n{arm}", xlabel="amount")
     figure.savefig(target, dpi=150)
 
 

@@ -13,6 +13,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from steer.embedded import cache_dir
 from steer.errors import SteerError
 from steer.fingerprint import running_samples
@@ -87,8 +89,9 @@ def key_of(*parts: Any) -> str:
 
 
 def model_key(lm: FrozenLM) -> list[str]:
-    """What tells a model from others, and from itself in another dtype; the head plays no part."""
-    return [key_of(lm.fingerprint.to_json()), str(lm.dtype)]
+    """What tells a model from others, and from itself in another precision; the head plays no part."""
+    precision = torch.get_float32_matmul_precision()
+    return [key_of(lm.fingerprint.to_json()), str(lm.dtype), *([precision] if precision != "highest" else [])]
 
 
 def head_key(lm: FrozenLM) -> list[int]:

@@ -273,7 +273,7 @@ def test_each_text_is_read_once_and_trained_on_once_at_most(
 
     monkeypatch.setattr(steer.likelihood, "response_losses", counted)
     monkeypatch.setattr("steer.train.users.response_losses", counted)
-    monkeypatch.setattr("steer.methods.vectors._MOVED", 2)
+    monkeypatch.setattr("steer.methods.vectors._FISHER_TEXTS", 2)
     texts, cache = sum(map(len, histories)), Cache(tmp_path / "gradients")
     # Training takes four of six texts, and two say how long its steps are.
     once = texts + (texts - 2) + 2

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from models import tiny, tokenizer
 
 import steer
@@ -70,14 +72,29 @@ def test_grids_need_no_others(
     points = {(entry["sites"], entry["amount"]): entry["totals"]["own_minus_base"]["mean"] for entry in entries}
     assert set(points) == {(f"resid_post[{i}]", dose) for i in range(3) for dose in (0.02, 0.05, 0.1, 0.2)}
     run(monkeypatch, *study[:-1], str(tmp_path / "compared.json"), "--arms", "mean, population")
-    for entry in json.loads((tmp_path / "compared.json").read_text())["results"]:
-        if (entry["sites"], entry["amount"]) in points:
-            same = points[entry["sites"], entry["amount"]]
-            assert entry["totals"]["own_minus_base"]["mean"] == pytest.approx(same, abs=1e-6)
+    compared = json.loads((tmp_path / "compared.json").read_text())["results"]
+    assert len(compared) == 4
+    for entry in compared:
+        same = points[entry["sites"], entry["amount"]]
+        assert entry["totals"]["own_minus_base"]["mean"] == pytest.approx(same, abs=1e-6)
     capsys.readouterr()
+    drawn: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
     run(monkeypatch, "--report", str(result), "--plot", str(tmp_path / "plot.png"))
     assert "| grid: mean, population | resid_post[0] | 0.02 |" in capsys.readouterr().out
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    cells = {text.get_position(): text.get_text() for text in drawn[0].axes[0].texts}
+    assert cells[2, 1] == f"{points['resid_post[1]', 0.1]:+.3f}"
+    with pytest.raises(steer.SteerError, match="s was made with --others 0 and others were not"):
+        run(monkeypatch, "--report", str(result), str(tmp_path / "compared.json"), "--plot", str(tmp_path / "p.png"))
+
+
+def test_precision_is_part_of_a_study(study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    run(monkeypatch, *study, "--arms", "gradient", "--precision", "medium")
+    assert asked == ["medium"]
+    with pytest.raises(steer.SteerError, match="of another study"):
+        run(monkeypatch, *study, "--arms", "gradient")
 
 
 def test_other_settings_are_another_result(study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

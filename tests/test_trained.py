@@ -16,10 +16,10 @@ from torch import Tensor
 import steer
 from steer import embedded
 from steer.inject import Edit
-from steer.likelihood import negative_log_likelihood, response_losses
+from steer.likelihood import last_logits, negative_log_likelihood, response_losses
 from steer.method import method_of
 from steer.methods.perfit import orthonormal
-from steer.methods.vectors import training_units
+from steer.methods.vectors import reference_norms, training_units
 from steer.read import Span, record_span
 from steer.train import train_users
 
@@ -59,7 +59,7 @@ def test_a_trained_vector_is_adams_on_the_likelihood(lm: steer.FrozenLM, histori
     """With all texts in every step; by a hook of our own, text by text, without padding."""
     history, steps, rate = histories[0], 3, 0.05
     state = method(layer=LAYER, steps=steps, batch=8, learning_rate=rate, weight_decay=0.1).fit(lm, history)
-    scale = state.provenance.calibration["unit"][str(SITE)] / WIDTH**0.5
+    scale = state.provenance.calibration["training_unit"][str(SITE)] / WIDTH**0.5
     element = torch.zeros(WIDTH, requires_grad=True)
     optimizer = torch.optim.AdamW([element], lr=rate, weight_decay=0.1)
     for _ in range(steps):
@@ -83,7 +83,9 @@ def test_a_trained_vector_is_adams_on_the_likelihood(lm: steer.FrozenLM, histori
     assert_close(state.tensors[str(SITE)] / scale, element.detach(), 1e-3)
 
 
-def test_a_unit_moves_predictions_by_about_half_a_nat(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+def test_units_of_training_are_those_of_the_fisher_information(
+    llama: steer.FrozenLM, histories: list[steer.History]
+) -> None:
     """Against each text's gradient by itself; and no unit is longer than the residual stream."""
     users = [[record_span(llama, record) for record in history] for history in people(histories)]
     free, short = ([{str(SITE): norm}] * len(users) for norm in (1e9, 1e-3))
@@ -100,6 +102,48 @@ def test_a_unit_moves_predictions_by_about_half_a_nat(llama: steer.FrozenLM, his
         assert unit[str(SITE)] == pytest.approx((WIDTH / trace) ** 0.5, rel=1e-4)
     assert len({round(unit[str(SITE)], 3) for unit in units}) == len(units)
     assert training_units(llama, users, [SITE], norms=short, positions="response") == short
+    assert training_units(llama, [], [SITE], norms=[], positions="response") == []
+
+
+def test_a_unit_is_of_eight_texts_at_most(
+    llama: steer.FrozenLM, histories: list[steer.History], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans = [record_span(llama, record) for history in histories for record in history]
+    settings: dict[str, Any] = {"norms": [{str(SITE): 1e9}], "positions": "all"}
+    every_other = training_units(llama, [spans[::2]], [SITE], **settings)
+    assert every_other != training_units(llama, [spans], [SITE], **settings)
+    monkeypatch.setattr("steer.methods.vectors._FISHER_TEXTS", len(spans) - 1)
+    assert every_other == training_units(llama, [spans], [SITE], **settings)
+
+
+def test_a_unit_moves_predictions_by_about_half_a_nat() -> None:
+    if not embedded.installed("smollm2-135m"):
+        pytest.skip("needs the model: steer models pull smollm2-135m")
+    voices = steer.read_histories(Path(str(files("steer"))) / "data" / "voices.jsonl")
+    with steer.load("smollm2-135m", dtype=torch.float32) as lm, torch.no_grad():
+        spans = [record_span(lm, record) for record in voices[0][1].records[:3]]
+        site = steer.Site("resid_post", 16)
+        norms = [reference_norms(lm, spans, [site])]
+        (unit,) = training_units(lm, [spans], [site], norms=norms, positions="response")
+        assert unit[str(site)] < norms[0][str(site)]
+        moved = torch.randn(8, lm.width, generator=torch.Generator().manual_seed(0))
+        edit = steer.ResidualEdit(site, unit[str(site)] * moved / moved.norm(dim=1, keepdim=True))
+        plain = steer.ResidualEdit(site, torch.zeros(8, lm.width))
+        batch = [spans[0].ids] * 8
+        with lm.steered(states=[None] * 8, edits=[plain], prompt_lengths=[spans[0].start] * 8) as steering:
+            expected = last_logits(lm, steering.prepare(batch), 20).log_softmax(-1)
+        with lm.steered(states=[None] * 8, edits=[edit], prompt_lengths=[spans[0].start] * 8) as steering:
+            actual = last_logits(lm, steering.prepare(batch), 20).log_softmax(-1)
+    divergence = (expected.exp() * (expected - actual)).sum(-1).mean().item()
+    assert 0.2 < divergence < 0.8
+
+
+def test_gradients_that_overflow_are_refused(histories: list[steer.History]) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight *= 1e39
+    with steer.wrap(model, tokenizer()) as lm, pytest.raises(steer.SteerError, match=r"not finite in torch\.float32"):
+        method(layer=LAYER).fit(lm, histories[0])
 
 
 def test_the_gradient_is_that_of_finite_differences(histories: list[steer.History]) -> None:

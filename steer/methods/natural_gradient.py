@@ -44,6 +44,7 @@ from steer.methods.vectors import (
     reference_norms,
     require_equal,
     train_vectors,
+    training_units,
     vector_edits,
 )
 from steer.read import Span, record_span
@@ -76,7 +77,7 @@ class NaturalGradient(Method):
         damping: λ, which bounds the step however much is known.
         prior: T₀, in tokens: somebody who wrote little goes less far.
         common_steps: of the training of c, 0 for none; fewer where there are too few texts for each to have new ones.
-        learning_rate: of that training, in units of what moves predictions by half a nat (`training_units`).
+        learning_rate: of that training, in units of what moves a prediction by half a nat (`training_units`).
         batch: texts in a step of it.
         positions: from which position on the vector is added, in reading as in steering.
         max_tokens: longer texts are cut.
@@ -150,7 +151,8 @@ class NaturalGradient(Method):
         norms = reference_norms(lm, spans, self.sites(lm), cache)
         steps = min(self.common_steps, max(len(spans) // self.batch, 1))
         trained = steps * self.batch / (steps * self.batch + len(spans))
-        common = self._train_common(lm, spans, steps, norms, _part(on_progress, 0.0, trained), cache)
+        (unit,) = training_units(lm, [spans], self.sites(lm), norms=[norms], positions=self.positions, cache=cache)
+        common = self._train_common(lm, spans, steps, unit, _part(on_progress, 0.0, trained), cache)
         gradients, tokens = self._gradients(lm, spans, common, _part(on_progress, trained, 1.0), cache)
         if not all(rows.isfinite().all() for rows in gradients.values()):
             raise SteerError(f"training with learning_rate={self.learning_rate} came to nothing finite; lower it")
@@ -174,6 +176,7 @@ class NaturalGradient(Method):
                 "tokens": total,
                 **{key: getattr(self, key) for key in _OF_TEXTS},
                 **{key: getattr(self, key) for key in ("common_steps", "learning_rate", "batch", "seed")},
+                "training_unit": unit,
                 "reference_norm": norms,
             },
         )
@@ -316,7 +319,7 @@ class NaturalGradient(Method):
         lm: FrozenLM,
         spans: Sequence[Span],
         steps: int,
-        norms: Mapping[str, float],
+        unit: Mapping[str, float],
         on_progress: Callable[[float], None] | None,
         cache: Cache | None,
     ) -> dict[Site, Float[Tensor, " d"]]:
@@ -334,14 +337,13 @@ class NaturalGradient(Method):
             lm,
             [spans],
             self.sites(lm),
-            norms=[norms],
+            units=[unit],
             positions=self.positions,
             steps=steps,
             batch=self.batch,
             learning_rate=self.learning_rate,
             seed=self.seed,
             on_step=each_step(steps, on_progress),
-            cache=cache,
         )
         common = {site: vectors[0].float().cpu() for site, vectors in trained.vectors.items()}
         if cache is not None:

@@ -26,6 +26,7 @@ from steer.methods.vectors import (
     layer_sites,
     reference_norms,
     train_vectors,
+    training_units,
     vector_edits,
 )
 from steer.read import Span, record_span
@@ -47,8 +48,8 @@ class TrainedVector(Method):
         layer: after which block, or blocks, to add.
         shared_steps: optimizer steps of the common vector, which `train` then makes; 0 for users who share nothing.
         steps: optimizer steps of a user's own vector.
-        learning_rate: of Adam, in units of what moves predictions by half a nat (`training_units`): about the most that
-            a step moves a vector.
+        learning_rate: of Adam, in units of what moves a prediction by half a nat (`training_units`): about the most
+            that a step moves a vector.
         weight_decay: of AdamW.
         max_dose: bound of a vector's norm, in units of the median residual norm; None for no bound.
         batch: texts of a user in a step.
@@ -102,7 +103,7 @@ class TrainedVector(Method):
             raise SteerError("there are no records to train the common vector on")
         told = each_step(self.shared_steps, on_progress, on_step)
         norms = reference_norms(lm, spans, self.sites)
-        trained = self._descend(lm, [spans], self.shared_steps, norms=[norms], common=None, on_step=told)
+        trained, (unit,) = self._descend(lm, [spans], self.shared_steps, norms=[norms], common=None, on_step=told)
         self.artifact = Artifact(
             method=self.name,
             version=self.version,
@@ -112,6 +113,7 @@ class TrainedVector(Method):
                 "positions": self.positions,
                 "shared_steps": self.shared_steps,
                 "learning_rate": self.learning_rate,
+                "training_unit": unit,
                 "reference_norm": norms,
             },
         )
@@ -168,7 +170,7 @@ class TrainedVector(Method):
             raise SteerError(f"{empty[0].user_id!r} has no records to train a vector on")
         texts = [[record_span(lm, record) for record in history] for history in histories]
         norms = [reference_norms(lm, spans, self.sites) for spans in texts]
-        trained = self._descend(lm, texts, self.steps, norms=norms, common=self._common(lm), on_step=on_step)
+        trained, units = self._descend(lm, texts, self.steps, norms=norms, common=self._common(lm), on_step=on_step)
         settings = ("steps", "learning_rate", "weight_decay", "max_dose", "batch", "holdout", "positions")
         return [
             UserState(
@@ -182,7 +184,7 @@ class TrainedVector(Method):
                     settings={name: getattr(self, name) for name in settings},
                     calibration={
                         "reference_norm": norms[user],
-                        "unit": trained.units[user],
+                        "training_unit": units[user],
                         "step": trained.steps[user],
                     },
                 ),
@@ -212,15 +214,20 @@ class TrainedVector(Method):
         norms: Sequence[Mapping[str, float]],
         common: Mapping[str, Tensor] | None,
         on_step: Callable[[int, float], None] | None,
-    ) -> TrainedVectors:
-        return train_vectors(
+    ) -> tuple[TrainedVectors, list[dict[str, float]]]:
+        """Trains vectors; returns them, and what unit of the learning rate each user had at each site."""
+        units = training_units(lm, texts, self.sites, norms=norms, positions=self.positions, common=common)
+        longest = None
+        if self.max_dose is not None:
+            longest = [{site: self.max_dose * norm for site, norm in own.items()} for own in norms]
+        trained = train_vectors(
             lm,
             texts,
             self.sites,
-            norms=norms,
+            units=units,
             positions=self.positions,
             common=common,
-            max_dose=self.max_dose,
+            longest=longest,
             steps=steps,
             batch=self.batch,
             learning_rate=self.learning_rate,
@@ -229,3 +236,4 @@ class TrainedVector(Method):
             holdout=self.holdout,
             on_step=on_step,
         )
+        return trained, units

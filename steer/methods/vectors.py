@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 # Of many texts, so many say how long the residual stream is, and so many how much a vector moves predictions.
-_NORMS, _MOVED = 64, 8
+_NORM_TEXTS, _FISHER_TEXTS = 64, 8
 
 
 def layer_sites(layer: int | Sequence[int], name: str = "resid_post") -> list[Site]:
@@ -54,8 +53,13 @@ def reference_norms(
     lm: FrozenLM, spans: Sequence[Span], sites: Sequence[Site], cache: Cache | None = None
 ) -> dict[str, float]:
     """The median residual norm over the texts' tokens at each site, from 64 of many texts: the unit of a dose."""
-    sample = spans[:: -(-len(spans) // _NORMS)]
+    sample = _some(spans, _NORM_TEXTS)
     return {str(site): reading.norm for site, reading in read(lm, sample, sites, cache=cache).items()}
+
+
+def _some(spans: Sequence[Span], most: int) -> Sequence[Span]:
+    """At most so many of them, at even distances."""
+    return spans[:: max(-(-len(spans) // most), 1)]
 
 
 def training_units(
@@ -68,11 +72,11 @@ def training_units(
     common: Mapping[str, Float[Tensor, " d"]] | None = None,
     cache: Cache | None = None,
 ) -> list[dict[str, float]]:
-    """How long a vector of any direction is that moves predictions by about half a nat per token, for each user.
+    """How long a vector of random direction is that, on average, moves a prediction by about half a nat, for each user.
 
-    It is √(d / tr F) at each site, F = 1/T · Σ_i ∇_i ∇_iᵀ over eight of the user's texts: E ½ vᵀFv = ½. In units of the
-    residual norm it is 0.3 for one model and 0.02 for another, whose norm is that of a few large elements. It is the
-    residual norm at most, as far as which nothing is nearly quadratic.
+    At each site by itself it is √(d / tr F), F = 1/T · Σ_i ∇_i ∇_iᵀ over at most eight of the user's texts: the mean of
+    ½ vᵀFv is ½ then. As a share of the residual norm this is about 0.3 in SmolLM2 135M and 0.02 in Gemma 3 270M, whose
+    norm is that of a few large elements. It is never more than the residual norm, where F has long ceased to tell.
 
     Args:
         lm: the model.
@@ -82,20 +86,24 @@ def training_units(
         positions: from which position on.
         common: vectors that are added already, by the names of the sites.
         cache: for the gradients.
+
+    Raises:
+        SteerError: a gradient is not finite.
     """
-    samples = [spans[:: -(-len(spans) // _MOVED)] for spans in texts]
+    samples = [_some(spans, _FISHER_TEXTS) for spans in texts]
     at = None if common is None else {site: common[str(site)] for site in sites}
     gradients, tokens = response_gradients(
         lm, [span for sample in samples for span in sample], sites, at=at, positions=positions, cache=cache
     )
-    units: list[dict[str, float]] = []
-    ends = list(accumulate(map(len, samples)))
-    for norm, start, end in zip(norms, [0, *ends], ends, strict=False):
-        unit = {}
-        for site, rows in gradients.items():
-            trace = rows[start:end].square().sum() / tokens[start:end].sum()
-            unit[str(site)] = min(math.sqrt(rows.shape[1] / trace), norm[str(site)])
-        units.append(unit)
+    counts = [len(sample) for sample in samples]
+    units: list[dict[str, float]] = [{} for _ in texts]
+    for site, rows in gradients.items():
+        for user, (own, lengths) in enumerate(zip(rows.split(counts), tokens.split(counts), strict=True)):
+            trace = (own.double().square().sum() / lengths.sum()).item()
+            if not math.isfinite(trace):
+                raise SteerError(f"gradients at {site} are not finite in {lm.dtype}; load the model in torch.float32")
+            norm = norms[user][str(site)]
+            units[user][str(site)] = min(math.sqrt(rows.shape[1] / trace), norm) if trace else norm
     return units
 
 
@@ -106,12 +114,10 @@ class TrainedVectors:
     Attributes:
         vectors: at each site, one for each user.
         steps: after how many steps each user's vectors were kept.
-        units: of the learning rate, for each user at each site.
     """
 
     vectors: Mapping[Site, Float[Tensor, "user d"]]
     steps: list[int]
-    units: list[dict[str, float]]
 
 
 def train_vectors(
@@ -119,32 +125,30 @@ def train_vectors(
     texts: Sequence[Sequence[Span]],
     sites: Sequence[Site],
     *,
-    norms: Sequence[Mapping[str, float]],
+    units: Sequence[Mapping[str, float]],
     positions: Positions,
     common: Mapping[str, Float[Tensor, " d"]] | None = None,
-    max_dose: float | None = None,
+    longest: Sequence[Mapping[str, float]] | None = None,
     on_step: Callable[[int, float], None] | None = None,
-    cache: Cache | None = None,
     **settings: Any,
 ) -> TrainedVectors:
-    """Trains vectors that make each user's texts likely; the learning rate is in `training_units`.
+    """Trains vectors that make each user's texts likely.
 
     Args:
         lm: the model; no gradient is computed for its parameters.
         texts: of each user.
         sites: where the vectors are added.
-        norms: the residual's reference norms at the sites, for each user.
+        units: of the learning rate at the sites, for each user: `training_units`.
         positions: from which position on.
         common: vectors that are added to everybody's, by the names of the sites.
-        max_dose: bound of a vector's norm, in units of the residual norms; None for no bound.
+        longest: bounds of the vectors' norms at the sites, for each user; None for no bound.
         on_step: told the number of each step and the users' mean loss, in nats per token.
-        cache: for the gradients that say what the units are.
         settings: of `train_users`.
     """
-    units = training_units(lm, texts, sites, norms=norms, positions=positions, common=common, cache=cache)
     # Elements are trained, of vectors as long as a unit where they are about 1.
     elements = {site: torch.zeros(len(texts), lm.width_at(site), device=lm.device) for site in sites}
     scales = {site: _column(units, site, values) / values.shape[1] ** 0.5 for site, values in elements.items()}
+    bounds = {site: _column(longest, site, values) for site, values in elements.items()} if longest else {}
 
     def edits(users: Tensor) -> list[Edit]:
         own = {site: scales[site][users] * elements[site][users] for site in sites}
@@ -152,23 +156,21 @@ def train_vectors(
             own = {site: vectors + common[str(site)].to(vectors) for site, vectors in own.items()}
         return [ResidualEdit(site, vectors, positions) for site, vectors in own.items()]
 
-    def bound() -> None:
-        assert max_dose is not None
-        for site, values in elements.items():
-            doses = scales[site] * values.norm(dim=1, keepdim=True) / _column(norms, site, values)
-            values.mul_((max_dose / doses).clamp(max=1))
+    def shorten() -> None:
+        for site, bound in bounds.items():
+            norms = (scales[site] * elements[site]).norm(dim=1, keepdim=True)
+            elements[site].mul_(torch.where(norms > bound, bound / norms, 1.0))
 
     kept = train_users(
         lm,
         texts,
         [values.requires_grad_(True) for values in elements.values()],
         edits,
-        constrain=None if max_dose is None else bound,
+        constrain=shorten,
         on_step=None if on_step is None else lambda step, losses: on_step(step, float(losses.nanmean())),
         **settings,
     )
-    vectors = {site: scales[site] * values.detach() for site, values in elements.items()}
-    return TrainedVectors(vectors, kept, units)
+    return TrainedVectors({site: scales[site] * values.detach() for site, values in elements.items()}, kept)
 
 
 def _column(
