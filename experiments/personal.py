@@ -345,6 +345,7 @@ def _plot_grids(studies: Mapping[str, Any], target: Path) -> None:
 
     arms = list(dict.fromkeys(entry["arm"] for study in studies.values() for entry in study["results"]))
     figure = Figure(figsize=(4.2 * len(studies), 3.2 * len(arms)), layout="constrained")
+    figure.suptitle("own − base, nats per token (green: likelier)")
     panels = figure.subplots(len(arms), len(studies), squeeze=False)
     for (row, arm), (column, (name, study)) in product(enumerate(arms), enumerate(studies.items())):
         axes, entries = panels[row, column], [entry for entry in study["results"] if entry["arm"] == arm]
