@@ -335,7 +335,8 @@ def _plot(studies: Mapping[str, Any], target: Path) -> None:
         axes.set_xlim(right=0.05)
         axes.set(title=name, xlabel="own − base (nats per token; left is better)")
         axes.set_ylabel("own − others (nats per token; down is more personal)")
-        axes.legend(fontsize=7)
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines if line.get_label() in arms}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2 * len(studies), fontsize=8)
     figure.savefig(target, dpi=150)
 
 
