@@ -169,8 +169,8 @@ def extract(
         more = len(faint) - 1
         whose = f"{faint[0]} and {more} other{'s'[: more != 1]}" if more else faint[0]
         options.err.print(
-            f"The vectors of {whose} are mostly what all users have in common, as there was little to read of them; "
-            "--method style-vector shows more of who wrote little."
+            f"The vectors of {whose} are mostly what all users have in common: there was little to read of them, "
+            "or the step to them is short; --method style-vector shows more of who wrote little."
         )
 
 
