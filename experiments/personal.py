@@ -336,7 +336,9 @@ def _plot(studies: Mapping[str, Any], target: Path) -> None:
         axes.set(title=name, xlabel="own − base (nats per token; left is better)")
         axes.set_ylabel("own − others (nats per token; down is more personal)")
     lines = {line.get_label(): line for axes in figure.axes for line in axes.lines if line.get_label() in arms}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2 * len(studies), fontsize=8)
+    figure.legend(
+        list(lines.values()), list(map(str, lines)), loc="outside lower center", ncols=2 * len(studies), fontsize=8
+    )
     figure.savefig(target, dpi=150)
 
 
