@@ -382,7 +382,7 @@ def _parse() -> argparse.Namespace:
         "--precision",
         choices=["highest", "high", "medium"],
         default="highest",
-        help="of products of float32 matrices; medium goes by way of bfloat16, in half the time on some processors",
+        help="of products of float32 matrices; medium goes by way of bfloat16, faster on some processors",
     )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--out", type=Path, default=Path("study.json"))

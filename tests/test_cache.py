@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 import steer
-from steer.cache import Cache, key_of
+from steer.cache import Cache, key_of, model_key
 
 
 def test_values_come_back(tmp_path: Path) -> None:
@@ -20,6 +21,18 @@ def test_values_come_back(tmp_path: Path) -> None:
     Cache(path).put({key_of("value", 1): b"other"})
     assert Cache(path).get([key_of("value", 1)]) == {key_of("value", 1): b"other"}
     assert Cache(path).get([]) == {}
+
+
+def test_what_was_computed_in_another_precision_is_another_value(
+    llama: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = []
+    for precision in ("highest", "high", "medium"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        keys.append(tuple(model_key(llama)))
+    assert len(set(keys)) == 3
+    # As it was before precisions counted, so that caches which hold values of the default stay good.
+    assert keys[0][1:] == ("torch.float32",)
 
 
 def test_a_batch_is_put_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def test_the_population_keeps_no_single_text(llama: steer.FrozenLM, histories: l
     assert (gradients @ artifact.tensors["resid_post[1].directions"].T).abs().max() < 0.99
 
 
-def test_bad_input(llama: steer.FrozenLM, histories: list[steer.History], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
     for setting, message in (
         ({"step": 0}, "step=0 is not a positive number"),
         ({"step": "abc"}, "step='abc' is not"),
