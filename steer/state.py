@@ -116,6 +116,10 @@ class UserState:
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.require_finite()
+
+    def require_finite(self) -> None:
+        """Raises SteerError if a tensor holds values that are not finite, as one may that was written to since."""
         _require_finite(self.tensors, f"a {self.provenance.method} state")
 
     @property

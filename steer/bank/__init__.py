@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from steer.bank.bank import Bank, Row
+from steer.bank.bank import Bank, Row, UserHash
+from steer.bank.gather import Rows
+from steer.bank.upkeep import Compaction, Fault
 
-__all__ = ["Bank", "Row"]
+__all__ = ["Bank", "Compaction", "Fault", "Row", "Rows", "UserHash"]

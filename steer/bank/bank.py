@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from safetensors import SafetensorError, safe_open
+import torch
 
-from steer.bank import folder, segment
-from steer.bank.index import Entry, Index, to_json
-from steer.bank.segment import Key
+from steer.bank import artifacts, folder, upkeep, writing
+from steer.bank.facts import Facts
+from steer.bank.gather import Gatherer, Rows
+from steer.bank.index import Address, Entry, Kind, Writer
+from steer.bank.layout import Layout
+from steer.bank.segment import Damage
+from steer.bank.store import Store
+from steer.bank.upkeep import Compaction, Fault
+from steer.bank.writing import Packed
 from steer.errors import SteerError, UnknownUser
-from steer.state import Artifact, Fingerprint, Provenance, UserState
+from steer.state import Artifact, Provenance, UserState
+
+Key = tuple[str, str]
+"""User and name of a state."""
+
+Progress = Callable[[float], None]
+"""Told from time to time what share of the work is done."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_HASH = re.compile(r"[0-9a-f]{64}")
-_SEGMENT = re.compile(r"[0-9]{8,}-[0-9a-f]{8}\.safetensors")
+_HASHED = re.compile(r"[0-9a-f]{32}")
 _USER_BYTES = 1024
+# States that are read and written together where a bank is merged into another.
+_TOGETHER = 4096
+
+
+class UserHash(str):
+    """The hash of a user id, as a bank that keeps only hashes gives it; such a bank takes it in place of the id."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -48,39 +67,67 @@ class Bank:
     """Many states in a folder, keyed by (user, name): `bank["alice", "style"] = state`.
 
     A commit, be it one assignment or one `update`, is there as a whole or not at all, also after a crash or a power
-    cut. Any number of threads and processes may read and write the same bank; writers take turns.
+    cut. What is deleted or replaced is overwritten on the disk before the call returns. Any number of threads and
+    processes may read and write the same bank; writers take turns.
 
     Args:
         path: the folder.
         create: make an empty bank where there is none.
+        hashed: a new bank keeps salted hashes of user ids in place of the ids; None for no, and for a bank that is
+            there already as it is.
 
     Raises:
-        SteerError: `path` is something else than a bank, or a bank of an unknown version; or there is none and `create`
-            is False.
+        SteerError: `path` is something else than a bank, or a bank of an unknown version; there is none and `create` is
+            False; or it keeps user ids otherwise than `hashed` says.
     """
 
-    def __init__(self, path: str | Path, *, create: bool = True) -> None:
+    def __init__(self, path: str | Path, *, create: bool = True, hashed: bool | None = None) -> None:
         self.path = Path(path).resolve()
-        folder.open_or_create(self.path, create=create)
+        manifest = folder.open_or_create(self.path, create=create, hashed=hashed)
+        self._store = Store.open(self.path, manifest)
         # Read once, as whoever builds layers from an artifact wants to meet it again.
         self._artifacts: dict[str, Artifact] = {}
-        self._index = Index(self.path / folder.INDEX)
+        writing.recover_if_needed(self._store)
 
     def __repr__(self) -> str:
         return f"Bank({str(self.path)!r}, {len(self)} states)"
 
+    def __enter__(self) -> Bank:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of all files. The bank cannot be used any more; others that read or write it are not affected."""
+        self._store.index.close()
+        self._store.segments.forget()
+
+    @property
+    def hashed(self) -> bool:
+        """Whether the bank keeps only hashes of user ids."""
+        return self._store.manifest.hashed
+
+    # Reading.
+
     def __len__(self) -> int:
-        return self._index.count()
+        return self._store.index.count()
 
     def __iter__(self) -> Iterator[Key]:
-        """The keys, in the order in which they were first stored."""
-        return self._index.keys()
+        """The keys, in the order in which they were first stored; of a hashed bank `UserHash`es and names."""
+        if self.hashed:
+            for page in self._store.index.pages():
+                yield from ((UserHash(entry.user.hex()), entry.name) for entry in page)
+        else:
+            for entry, facts in self._described():
+                yield self._user(entry, facts), entry.name
 
     def __contains__(self, key: object) -> bool:
         try:
-            return self._index.contains(_checked(key))
+            address = self._address(key)
         except SteerError:
             return False
+        return bool(self._store.index.find([address]))
 
     def __getitem__(self, key: Key) -> UserState:
         """The state of a user under a name.
@@ -89,101 +136,182 @@ class Bank:
             UnknownUser: there is none; the message says what there is.
             SteerError: the file that holds it is damaged; the message names it. Other states stay readable.
         """
-        key = _checked(key)
-        found = self._index.find([key])
-        if not found:
+        if (state := self._load([key])[key]) is None:
             raise self._unknown(*key)
-        return self._load(found)[key]
-
-    def __setitem__(self, key: Key, state: UserState) -> None:
-        """Stores one state; many at once are much faster with `update`."""
-        self.update({key: state})
+        return state
 
     def users(self) -> list[str]:
         """All users, sorted."""
-        return self._index.users()
+        return sorted({user for user, _ in self})
 
     def names(self) -> list[str]:
         """All names under which anybody has a state, sorted."""
-        return self._index.names()
+        return self._store.index.names()
 
     def names_of(self, user: str) -> list[str]:
         """The names under which a user has a state, sorted; none for a user who is not known."""
-        return self._index.names_of(_checked_user(user))
+        return self._store.index.names_of(self._hash(user))
 
     def rows(self, user: str | None = None) -> Iterator[Row]:
-        """A summary of every entry, or of every entry of one user, without reading tensors."""
-        if user is None:
-            entries: Iterable[Entry] = self._index.entries()
-        else:
-            entries = self._index.find([(user, name) for name in self.names_of(user)]).values()
-        return map(_row, entries)
+        """A summary of every entry, or of every entry of one user, without reading tensors.
+
+        Raises:
+            SteerError: some of them are damaged, after all others have been given.
+        """
+        addresses = None if user is None else [self._address((user, name)) for name in self.names_of(user)]
+        for entry, facts in self._described(addresses):
+            yield self._row(entry, facts)
 
     def templates(self) -> list[tuple[str, Provenance, dict[str, tuple[int, ...]]]]:
         """What may occur in a batch: name, provenance and shapes of one state of each kind.
 
         States are of one kind when name, method and its version, model, sites and artifact agree. The rest of the
-        provenance, and the shapes, are those of the kind's oldest entry.
+        provenance, and the shapes, are those of the kind's oldest entry that is not damaged.
         """
-        return [
-            (entry.name, entry.provenance, {name: slot.shape for name, slot in entry.stored.slots.items()})
-            for entry in self._index.templates()
-        ]
+        index = self._store.index
+        return self._store.settled(index.examples, lambda found: [self._template(few) for few in found])
 
     def get_many(self, users: Sequence[str | None], name: str) -> list[UserState | None]:
-        """The states of a batch, all from one moment; each file is opened once.
+        """The states of a batch, all from one moment.
 
         Returns:
             One item per user: None where the user is None or has no state of that name.
-        """
-        keys = {user: _checked((user, name)) for user in users if user is not None}
-        states = self._load(self._index.find(keys.values()))
-        return [None if user is None else states.get(keys[user]) for user in users]
-
-    def update(self, states: Mapping[Key, UserState]) -> None:
-        """Stores many states in one commit, replacing those there were under the same keys.
 
         Raises:
-            SteerError: a key or a state cannot be stored. Then nothing is.
+            SteerError: a state is damaged; the message names the file and the user.
         """
-        for key, state in states.items():
-            _checked(key)
-            if not isinstance(state, UserState):
-                raise SteerError(f"{key}: expected a UserState, found {type(state).__name__}")
-        if not states:
-            return
-        blocks, stored = segment.pack({key: state.tensors for key, state in states.items()})
-        file = f"{self._index.last_segment() + 1:08d}-{folder.new_token()}.safetensors"
-        entries = []
-        for (user, name), state in states.items():
-            where = stored[user, name]
-            entries.append(Entry(user, name, state.provenance, state.data, where, file if where.slots else None))
-        rows = [(entry, entry.to_row()) for entry in entries]
-        # The segment first: killed in between, it is a file nobody refers to, while an entry never lacks its tensors.
-        if blocks:
-            folder.save_tensors(self.path / folder.SEGMENTS / file, blocks)
-        self._index.put(rows)
+        states = self._load([(user, name) for user in users if user is not None])
+        return [None if user is None else states[user, name] for user in users]
+
+    def gatherer(self, name: str, device: str | torch.device = "cpu") -> Callable[[Sequence[str | None]], Rows]:
+        """A function that reads the tensors of a batch of users at once: `bank.gatherer("style")(["ada", None])`.
+
+        It leaves out what describes the states and costs the same whatever the number of users in the bank: for those
+        who bind tensors themselves. For a GPU it keeps a pinned buffer, so make it once.
+
+        Args:
+            name: of the states.
+            device: where the tensors are to be.
+        """
+        gather = Gatherer(self._store, _checked_name(name), torch.device(device))
+        return lambda users: gather([None if user is None else (self._hash(user), name) for user in users])
+
+    # Writing.
+
+    def __setitem__(self, key: Key, state: UserState) -> None:
+        """Stores one state; many at once are much faster with `update`."""
+        self.update({key: state})
+
+    def __delitem__(self, key: Key) -> None:
+        """Deletes one state, and erases it; many at once are much faster with `delete` or `forget`."""
+        self.delete([key])
+
+    def update(self, states: Mapping[Key, UserState]) -> None:
+        """Stores many states in one commit, replacing and erasing those there were under the same keys.
+
+        Raises:
+            SteerError: a key or a state cannot be stored, or the disk is full. Then nothing is.
+        """
+        packed = [self._packed(key, state) for key, state in states.items()]
+        if len({state.address for state in packed}) < len(packed):
+            raise SteerError("a user is given twice, by id and by hash")
+        if packed:
+            writing.put(self._store, packed)
+
+    def delete(self, keys: Iterable[Key]) -> None:
+        """Deletes states in one commit. When it returns, none of their bytes is in any file of the bank.
+
+        Raises:
+            UnknownUser: one of them does not exist. Then nothing is deleted.
+        """
+        wanted = {self._address(key): key for key in keys}
+
+        def choose(writer: Writer) -> list[Entry]:
+            entries = writer.find(wanted)
+            if missing := wanted.keys() - {entry.address for entry in entries}:
+                raise self._unknown(*wanted[missing.pop()])
+            return entries
+
+        writing.delete(self._store, choose)
+
+    def forget(self, users: Iterable[str]) -> int:
+        """Deletes all states of some users, as `delete` does; returns how many there were."""
+        hashes = {self._hash(user) for user in users}
+        return writing.delete(self._store, lambda writer: writer.find_users(list(hashes)))
+
+    def merge(
+        self,
+        other: Bank,
+        *,
+        conflict: Literal["error", "keep", "replace"] = "error",
+        on_progress: Progress | None = None,
+    ) -> int:
+        """Copies the states and artifacts of another bank; returns how many states.
+
+        Some thousand states are one commit; if it is interrupted, go on with `conflict="keep"`.
+
+        Args:
+            other: stays as it is.
+            conflict: what to do where both have a state: nothing at all and raise, "keep" one's own, or "replace" it.
+            on_progress: told what share of the states is done.
+
+        Raises:
+            SteerError: there are conflicts; a state is damaged; or only hashes of the other's users are known, and this
+                bank has another salt.
+        """
+        if conflict not in ("error", "keep", "replace"):
+            raise SteerError(f'conflict={conflict!r} is not one of "error", "keep", "replace"')
+        if other.hashed and not (self.hashed and self._store.manifest == other._store.manifest):
+            raise SteerError(
+                f"{other.path}: keeps only hashes of user ids, so it can be merged only into a hashed bank with the "
+                "same salt, such as a copy of it"
+            )
+        if conflict == "error":
+            for page in other._pages():
+                if both := self._store.index.find(self._address(key) for key in page):
+                    key = next(key for key in page if self._address(key) in both)
+                    raise SteerError(f"both banks have a state {key[1]!r} of {key[0]!r}; keep or replace those of this")
+        for digest in other._store.index.artifacts():
+            if other.has_artifact(digest):
+                self.put_artifact(other.artifact(digest))
+        copied, total = 0, max(len(other), 1)
+        for done, page in enumerate(other._pages(), start=1):
+            own = self._store.index.find(map(self._address, page)) if conflict == "keep" else {}
+            states = other._load([key for key in page if self._address(key) not in own])
+            self.update({key: state for key, state in states.items() if state is not None})
+            copied += len(states)
+            if on_progress is not None:
+                on_progress(min(done * _TOGETHER / total, 1.0))
+        return copied
+
+    # Upkeep.
+
+    def verify(self, on_progress: Progress | None = None) -> list[Fault]:
+        """Reads everything there is and compares it with its checksums; returns what is wrong, nothing if all is well.
+
+        Others may read meanwhile, and write but for the moment in which the index is checked.
+        """
+        return upkeep.verify(self._store, on_progress)
+
+    def compact(self, on_progress: Progress | None = None) -> Compaction:
+        """Packs small and sparse segments into large ones, and gives the space of what was deleted back to the disk.
+
+        Others may read and write meanwhile. If it is interrupted, what is done is done.
+        """
+        return upkeep.compact(self._store, on_progress)
+
+    # Artifacts.
 
     def put_artifact(self, artifact: Artifact) -> str:
         """Stores what a method shares between users; returns its hash, under which `artifact` finds it."""
-        digest = artifact.hash
-        file = self._artifact_file(digest)
-        if not file.exists():
-            described = {
-                "method": artifact.method,
-                "version": artifact.version,
-                "model": artifact.model.to_json(),
-                "settings": dict(artifact.settings),
-            }
-            metadata = {"artifact": to_json(described, f"the {artifact.method} artifact")}
-            # Clones, as safetensors refuses tensors that share storage and would have to save a view's base.
-            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in artifact.tensors.items()}
-            folder.save_tensors(file, tensors, metadata)
-        return digest
+        if not self.has_artifact(artifact.hash):
+            with writing.writing(self._store):
+                artifacts.save(self._artifact_file(artifact.hash), artifact)
+        return artifact.hash
 
     def has_artifact(self, digest: str) -> bool:
         """Whether the bank holds the artifact of that hash."""
-        return _HASH.fullmatch(digest) is not None and self._artifact_file(digest).is_file()
+        return artifacts.is_hash(digest) and self._artifact_file(digest).is_file()
 
     def artifact(self, digest: str) -> Artifact:
         """The artifact of that hash, which is verified when it is first read.
@@ -191,40 +319,118 @@ class Bank:
         Raises:
             SteerError: the bank has no such artifact, or its file is damaged.
         """
-        if not isinstance(digest, str) or not _HASH.fullmatch(digest):
+        if not artifacts.is_hash(digest):
             raise SteerError(f"{digest!r} is not the hash of an artifact: expected 64 hexadecimal digits")
-        if digest in self._artifacts:
-            return self._artifacts[digest]
-        file = self._artifact_file(digest)
-        if not file.is_file():
-            raise SteerError(f"{self.path}: has no artifact {digest}; store it with `put_artifact`")
-        try:
-            artifact = _read_artifact(file)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise SteerError(f"{file}: damaged, the artifact cannot be read ({error})") from error
-        if artifact.hash != digest:
-            raise SteerError(f"{file}: damaged, what it holds has the hash {artifact.hash}")
-        self._artifacts[digest] = artifact
-        return artifact
+        if digest not in self._artifacts:
+            if not self.has_artifact(digest):
+                raise SteerError(f"{self.path}: has no artifact {digest}; store it with `put_artifact`")
+            self._artifacts[digest] = artifacts.load(self._artifact_file(digest), digest)
+        return self._artifacts[digest]
 
     def _artifact_file(self, digest: str) -> Path:
         return self.path / folder.ARTIFACTS / f"{digest}.safetensors"
 
-    def _load(self, entries: Mapping[Key, Entry]) -> dict[Key, UserState]:
-        by_segment: dict[str, dict[Key, segment.Stored]] = {}
-        for key, entry in entries.items():
-            if entry.segment is not None:
-                by_segment.setdefault(entry.segment, {})[key] = entry.stored
-        tensors = {}
-        for file, wanted in by_segment.items():
-            tensors.update(segment.read(self._segment_file(file), wanted))
-        return {key: UserState(entry.provenance, tensors.get(key, {}), entry.data) for key, entry in entries.items()}
+    # Keys.
 
-    def _segment_file(self, name: str) -> Path:
-        # The name comes from the index, and an index from elsewhere must not point out of the bank.
-        if not _SEGMENT.fullmatch(name):
-            raise SteerError(f"{self.path}: damaged, its index refers to {name!r}, which is not the name of a segment")
-        return self.path / folder.SEGMENTS / name
+    def _address(self, key: object) -> Address:
+        if not isinstance(key, tuple) or len(key) != 2:
+            raise SteerError(f"a bank is indexed by user and name, such as bank['alice', 'style'], not by {key!r}")
+        user, name = key
+        return self._hash(user), _checked_name(name)
+
+    def _hash(self, user: object) -> bytes:
+        if isinstance(user, UserHash):
+            if not self.hashed or not _HASHED.fullmatch(user):
+                raise SteerError(
+                    f"{user!r} is the hash of a user id; only a bank that keeps hashes takes 32 such digits"
+                )
+            return bytes.fromhex(user)
+        return self._store.manifest.hash(_checked_user(user))
+
+    def _user(self, entry: Entry, facts: Facts) -> str:
+        return UserHash(entry.user.hex()) if facts.user is None else facts.user
+
+    def _packed(self, key: Key, state: UserState) -> Packed:
+        address = self._address(key)
+        user, name = key
+        owner = f"state {name!r} of user {user!r}"
+        if not isinstance(state, UserState):
+            raise SteerError(f"{key}: expected a UserState, found {type(state).__name__}")
+        try:
+            layout = Layout.of(state.tensors)
+            state.require_finite()
+        except SteerError as error:
+            raise SteerError(f"{owner}: {error}") from error
+        source = state.provenance
+        kind = Kind(name, source.method, source.version, source.model, tuple(source.sites), source.artifact)
+        facts = Facts.of(None if self.hashed else user, state).to_bytes(owner)
+        return Packed(address, kind, layout, layout.pack(state.tensors), facts)
+
+    # Entries.
+
+    def _load(self, keys: Iterable[Key]) -> dict[Key, UserState | None]:
+        """The states of keys, all from one moment; None for those there are not."""
+        addresses = {key: self._address(key) for key in keys}
+        return self._store.settled(
+            lambda: self._store.index.find(addresses.values()),
+            lambda found: {key: self._state(key, found.get(address)) for key, address in addresses.items()},
+        )
+
+    def _state(self, key: Key, entry: Entry | None) -> UserState | None:
+        try:
+            return None if entry is None else self._store.state(entry)
+        except Damage as damage:
+            user, name = key
+            raise Damage(f"state {name!r} of user {user!r} cannot be read: {damage}") from damage
+
+    def _described(self, addresses: Sequence[Address] | None = None) -> Iterator[tuple[Entry, Facts]]:
+        """Entries with their facts; raises SteerError at the end if there were damaged ones."""
+        index, damages = self._store.index, []
+        pages = index.pages() if addresses is None else [list(index.find(addresses).values())]
+        for entry in itertools.chain.from_iterable(pages):
+            try:
+                described = self._store.settled_entry(entry, lambda found: (found, self._store.facts(found)))
+            except Damage as damage:
+                damages.append(damage)
+            else:
+                if described is not None:
+                    yield described
+        if damages:
+            raise SteerError(
+                f"{len(damages)} entries cannot be read, the first because: {damages[0]}. `steer bank verify "
+                f"{self.path}` lists them"
+            )
+
+    def _pages(self) -> Iterator[list[Key]]:
+        """All keys, some thousand at a time."""
+        keys = iter(self)
+        while page := list(itertools.islice(keys, _TOGETHER)):
+            yield page
+
+    def _template(self, entries: Sequence[Entry]) -> tuple[str, Provenance, dict[str, tuple[int, ...]]]:
+        damage = None
+        for entry in entries:
+            try:
+                source = self._store.facts(entry).provenance(self._store.index.kind(entry.kind))
+                shapes = {slot.name: slot.shape for slot in self._store.index.layout(entry.layout).slots}
+                return entry.name, source, shapes
+            except Damage as error:
+                damage = damage or error
+        assert damage is not None
+        raise damage
+
+    def _row(self, entry: Entry, facts: Facts) -> Row:
+        kind, layout = self._store.index.kind(entry.kind), self._store.index.layout(entry.layout)
+        return Row(
+            user=self._user(entry, facts),
+            name=entry.name,
+            method=kind.method,
+            model=None if kind.model is None else kind.model.name,
+            sites=kind.sites,
+            tensors={slot.name: (slot.dtype, slot.shape) for slot in layout.slots},
+            nbytes=layout.nbytes,
+            records=len(facts.records),
+        )
 
     def _unknown(self, user: str, name: str) -> UnknownUser:
         own = ", ".join(map(repr, self.names_of(user)))
@@ -233,13 +439,10 @@ class Bank:
         return UnknownUser(f"{self.path}: no state {name!r} for user {user!r}, who {has}; {others}")
 
 
-def _checked(key: object) -> Key:
-    if not isinstance(key, tuple) or len(key) != 2:
-        raise SteerError(f"a bank is indexed by user and name, such as bank['alice', 'style'], not by {key!r}")
-    user, name = key
+def _checked_name(name: object) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise SteerError(f"{name!r} cannot name a state: expected 1 to 64 letters, digits, dots, dashes or underscores")
-    return _checked_user(user), name
+    return name
 
 
 def _checked_user(user: object) -> str:
@@ -254,31 +457,3 @@ def _checked_user(user: object) -> str:
     if size > _USER_BYTES:
         raise SteerError(f"{user[:40]!r}… cannot be a user id: it has {size} bytes, at most {_USER_BYTES} are allowed")
     return user
-
-
-def _row(entry: Entry) -> Row:
-    source, slots = entry.provenance, entry.stored.slots
-    return Row(
-        user=entry.user,
-        name=entry.name,
-        method=source.method,
-        model=None if source.model is None else source.model.name,
-        sites=source.sites,
-        tensors={name: (slot.dtype, slot.shape) for name, slot in slots.items()},
-        nbytes=sum(slot.nbytes for slot in slots.values()),
-        records=len(source.records),
-    )
-
-
-def _read_artifact(file: Path) -> Artifact:
-    with safe_open(file, "pt") as opened:
-        described: dict[str, Any] = json.loads((opened.metadata() or {})["artifact"])
-        # Cloned, as these are views of the mapped file.
-        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-    return Artifact(
-        method=described["method"],
-        version=described["version"],
-        model=Fingerprint.from_json(described["model"]),
-        tensors=tensors,
-        settings=described["settings"],
-    )

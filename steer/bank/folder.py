@@ -1,9 +1,9 @@
 """The folder of a bank: how it is created, recognised, and written to without ever being seen half written.
 
 people.bank/
-    manifest.json                            format, version, what created it
-    index.sqlite                             (user, name) -> provenance, data, and where the tensors lie
-    segments/00000001-5f0c2a9e.safetensors   tensors of all states of one commit
+    manifest.json                            format, version, what created it, how user ids are kept
+    index.sqlite                             (user, name) -> where the state lies
+    segments/00000001-5f0c2a9e.safetensors   tensors of states, or what describes them
     artifacts/<hash>.safetensors             what a method shares between users
 """
 
@@ -14,9 +14,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -26,7 +29,7 @@ from steer.bank.index import Index
 from steer.errors import SteerError
 
 FORMAT = "steer-bank"
-VERSION = 1
+VERSION = 2
 
 MANIFEST = "manifest.json"
 INDEX = "index.sqlite"
@@ -34,17 +37,50 @@ SEGMENTS = "segments"
 ARTIFACTS = "artifacts"
 
 
-def open_or_create(path: Path, *, create: bool) -> None:
-    """Makes sure that there is a bank of this version at `path`.
+@dataclass(frozen=True)
+class Manifest:
+    """How a bank keeps user ids.
+
+    Attributes:
+        hashed: whether it keeps only their hashes.
+        salt: of the hashes, by which it finds states in either case.
+    """
+
+    hashed: bool
+    salt: bytes
+
+    def hash(self, user: str) -> bytes:
+        """The hash of a user id, 16 bytes."""
+        return blake2b(user.encode(), key=self.salt, digest_size=16).digest()
+
+    @property
+    def salt_check(self) -> bytes:
+        """Tells whether an index belongs to the manifest: the hash of the empty text, which is nobody's id."""
+        return self.hash("")
+
+
+def open_or_create(path: Path, *, create: bool, hashed: bool | None = None, salt: bytes | None = None) -> Manifest:
+    """Makes sure that there is a bank of this version at `path`, and returns its manifest.
+
+    Args:
+        path: the folder.
+        create: make a bank where there is none.
+        hashed: whether a new bank keeps only hashes of user ids; None for no, and for an old one as it is.
+        salt: of a new bank's hashes; at random if None.
 
     Raises:
-        SteerError: there is none and none may be created, something else is there, or a version that is not known.
+        SteerError: there is none and none may be created, something else is there, a version that is not known, or one
+            that keeps user ids otherwise than asked for.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         if not create:
             raise SteerError(f"{path}: there is no bank here")
-        _create(path)
-    _check(path)
+        _create(path, Manifest(bool(hashed), salt or secrets.token_bytes(16)))
+    manifest = read_manifest(path)
+    if hashed is not None and hashed != manifest.hashed:
+        kept = "only hashes of user ids" if manifest.hashed else "user ids as they are"
+        raise SteerError(f"{path}: the bank keeps {kept}; to change that, merge it into a new one")
+    return manifest
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -75,15 +111,15 @@ def new_token() -> str:
     return secrets.token_hex(4)
 
 
-def _create(path: Path) -> None:
+def _create(path: Path, manifest: Manifest) -> None:
     # Built beside its place and renamed into it: nobody, and no crash, meets half a bank.
     draft = path.with_name(_draft_name(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for folder in (draft, draft / SEGMENTS, draft / ARTIFACTS):
             folder.mkdir()
-        (draft / MANIFEST).write_text(json.dumps(_manifest(), indent=2) + "\n", encoding="utf-8")
-        Index.create(draft / INDEX)
+        (draft / MANIFEST).write_text(json.dumps(_described(manifest), indent=2) + "\n", encoding="utf-8")
+        Index.create(draft / INDEX, manifest.salt_check)
         for written in (draft / MANIFEST, draft / INDEX, draft):
             _sync(written)
         os.rename(draft, path)
@@ -96,38 +132,52 @@ def _create(path: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _check(path: Path) -> None:
+def read_manifest(path: Path, version: int = VERSION) -> Manifest:
+    """The manifest of a bank of that version of the format. Raises SteerError if there is none at `path`."""
     if not path.is_dir():
         raise SteerError(f"{path}: not a bank but a file; a bank is a folder")
     if not (path / MANIFEST).is_file():
         raise SteerError(f"{path}: not a bank, the folder has files but no {MANIFEST}; nothing in it was touched")
-    manifest = _read_manifest(path / MANIFEST)
-    if manifest.get("format") != FORMAT:
+    described = _read_json(path / MANIFEST)
+    if described.get("format") != FORMAT:
         raise SteerError(f"{path}: not a bank, its {MANIFEST} does not say {FORMAT!r}; nothing in it was touched")
-    if manifest.get("version") != VERSION:
-        found = manifest.get("version")
+    if (found := described.get("version")) != version:
+        todo = f"`steer bank migrate {path} NEW` makes a new one of it" if found == 1 else "update steer-toolkit"
         raise SteerError(
-            f"{path}: the bank has version {found} of the format, this steer-toolkit reads version {VERSION}; update it"
+            f"{path}: the bank has version {found} of the format, this steer-toolkit reads version {version}; {todo}"
         )
     if not (path / INDEX).is_file():
         raise SteerError(f"{path}: the bank has lost its {INDEX}; restore it from a copy")
-
-
-def _read_manifest(file: Path) -> Mapping[str, object]:
+    if version == 1:
+        return Manifest(hashed=False, salt=b"")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        hashed, salt = ("plain", "hashed").index(described["users"]) == 1, bytes.fromhex(described["salt"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SteerError(f"{path / MANIFEST}: damaged, `users` or `salt` is missing or wrong") from error
+    return Manifest(hashed, salt)
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return {}
-    return manifest if isinstance(manifest, dict) else {}
+    return described if isinstance(described, dict) else {}
 
 
-def _manifest() -> dict[str, object]:
+def _described(manifest: Manifest) -> dict[str, object]:
     try:
         creator = f"steer-toolkit {version('steer-toolkit')}"
     except PackageNotFoundError:
         creator = "steer-toolkit"
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"format": FORMAT, "version": VERSION, "created_by": creator, "created": now}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "created_by": creator,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "users": "hashed" if manifest.hashed else "plain",
+        "salt": manifest.salt.hex(),
+    }
 
 
 def _draft_name(path: Path) -> str:

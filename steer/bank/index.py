@@ -1,310 +1,501 @@
-"""The index of a bank: an SQLite file with everything about the states but their tensors.
+"""The index of a bank: an SQLite file that knows where every state lies.
+
+It holds nobody's texts, ids or numbers: users appear as salted hashes, and all that describes a state lies in segments.
+For SQLite cannot be trusted to forget. Even with `secure_delete`, pages that were once split keep copies of rows that
+are later deleted from the other half.
 
 It keeps SQLite's rollback journal rather than a write-ahead log. Then the index at rest is one file, which can be
 copied, and read from a folder one may not write to; a log brings two more files, and a shared memory that network file
-systems lack. What a log would give, commits three times as fast, matters little here: a commit may hold any number of
-states, and writing a segment costs more than either.
+systems lack.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from steer.bank.segment import Key, Stored
+from steer.bank.connection import Connection
+from steer.bank.layout import DTYPES, Layout
+from steer.bank.segment import FILE, Damage, Segment
 from steer.errors import SteerError
-from steer.state import Fingerprint, Provenance
+from steer.state import Fingerprint
 
-# `kinds` repeats the name, and leaves settings out, so that it stays small: whoever asks what may occur in the bank
-# need not scan millions of entries.
+# Rows of models, kinds and layouts stay for good, and the number of a segment is never given to another, so that what
+# a reader has seen of them stays true. `kinds` repeats the name and leaves settings out, so that it is small: whoever
+# asks what may occur in the bank need not look at millions of entries. That places are unique makes sure that no two
+# people share one.
 _SCHEMA = """
-BEGIN;
+CREATE TABLE bank (salt_check BLOB NOT NULL, generation INTEGER NOT NULL);
 CREATE TABLE models (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL);
-CREATE TABLE segments (id INTEGER PRIMARY KEY, file TEXT NOT NULL UNIQUE);
 CREATE TABLE kinds (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL, method TEXT NOT NULL, version INTEGER NOT NULL,
     model INTEGER REFERENCES models, sites TEXT NOT NULL, artifact TEXT
 );
+CREATE TABLE layouts (id INTEGER PRIMARY KEY, tensors TEXT NOT NULL UNIQUE);
+CREATE TABLE segments (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT NOT NULL UNIQUE, dtype TEXT NOT NULL, capacity INTEGER NOT NULL,
+    used INTEGER NOT NULL, dead INTEGER NOT NULL
+);
 CREATE TABLE entries (
-    id INTEGER PRIMARY KEY, user TEXT NOT NULL, name TEXT NOT NULL,
-    kind INTEGER NOT NULL REFERENCES kinds, segment INTEGER REFERENCES segments,
-    records TEXT NOT NULL, settings TEXT NOT NULL, calibration TEXT NOT NULL, data TEXT NOT NULL, tensors TEXT NOT NULL,
-    UNIQUE (user, name)
+    id INTEGER PRIMARY KEY, user BLOB NOT NULL, name TEXT NOT NULL,
+    kind INTEGER NOT NULL REFERENCES kinds, layout INTEGER NOT NULL REFERENCES layouts,
+    segment INTEGER REFERENCES segments, at INTEGER, checksum INTEGER NOT NULL,
+    facts_segment INTEGER NOT NULL REFERENCES segments, facts_at INTEGER NOT NULL, facts_length INTEGER NOT NULL,
+    facts_checksum INTEGER NOT NULL,
+    UNIQUE (user, name), UNIQUE (segment, at), UNIQUE (facts_segment, facts_at)
 );
 CREATE INDEX entries_by_kind ON entries (kind);
-COMMIT;
+CREATE TABLE erasures (segment INTEGER NOT NULL, at INTEGER NOT NULL, length INTEGER NOT NULL);
 """
 
-_ENTRIES = """
-SELECT entries.id, user, entries.name, method, version, model, fingerprint, sites, artifact,
-       records, settings, calibration, data, tensors, file
-FROM entries
-JOIN kinds ON kinds.id = entries.kind
-LEFT JOIN models ON models.id = kinds.model
-LEFT JOIN segments ON segments.id = entries.segment
-"""
+_COLUMNS = "id, user, name, kind, layout, segment, at, checksum, facts_segment, facts_at, facts_length, facts_checksum"
+_SEGMENT = "id, file, dtype, capacity, used, dead"
 
 # An update rather than a replacement, which would move the entry to the end of the order.
 _PUT = """
-INSERT INTO entries (user, name, kind, segment, records, settings, calibration, data, tensors)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO entries (user, name, kind, layout, segment, at, checksum,
+                     facts_segment, facts_at, facts_length, facts_checksum)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (user, name) DO UPDATE SET
-    kind = excluded.kind, segment = excluded.segment, records = excluded.records, settings = excluded.settings,
-    calibration = excluded.calibration, data = excluded.data, tensors = excluded.tensors
+    kind = excluded.kind, layout = excluded.layout, segment = excluded.segment, at = excluded.at,
+    checksum = excluded.checksum, facts_segment = excluded.facts_segment, facts_at = excluded.facts_at,
+    facts_length = excluded.facts_length, facts_checksum = excluded.facts_checksum
 """
 
-_BUSY_SECONDS = 30.0
 _PAGE = 1000
+# Users that one query asks for; older SQLite takes no more than 999 values.
+_ASKED = 512
+# Entries of a kind that are tried as its example.
+_EXAMPLES = 16
 
-# One thread at a time is in SQLite, and none while the process forks: a child that is born in the middle of
-# another thread's transaction would believe that it holds the locks of its parent.
-_LOCK = threading.Lock()
-os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+Address = tuple[bytes, str]
+"""What a state is found by: the hash of the user, and the name."""
 
-# Connections that came through a fork. SQLite forbids to use them in the child, even to close them, so they are kept.
-_INHERITED: list[sqlite3.Connection] = []
+
+class Stretch(NamedTuple):
+    """Elements of a segment: the segment's number, the first element, and how many."""
+
+    segment: int
+    at: int
+    length: int
+
+
+class Entry(NamedTuple):
+    """A row of `entries`: of what kind a state is, where its tensors and its facts lie, and their CRC-32."""
+
+    id: int
+    user: bytes
+    name: str
+    kind: int
+    layout: int
+    segment: int | None
+    at: int | None
+    checksum: int
+    facts_segment: int
+    facts_at: int
+    facts_length: int
+    facts_checksum: int
+
+    @property
+    def address(self) -> Address:
+        return self.user, self.name
+
+    @property
+    def facts(self) -> Stretch:
+        return Stretch(self.facts_segment, self.facts_at, self.facts_length)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A state without its tensors; `segment` is the name of the file they are in, None for a state that has none."""
+class Kind:
+    """What states have in common: name, method and its version, model, sites and artifact."""
 
-    user: str
     name: str
-    provenance: Provenance
-    data: Mapping[str, Any]
-    stored: Stored
-    segment: str | None
+    method: str
+    version: int
+    model: Fingerprint | None
+    sites: tuple[str, ...]
+    artifact: str | None
 
-    def to_row(self) -> tuple[str, ...]:
-        """The JSON columns of `entries`, in order.
+    @cached_property
+    def checksum(self) -> int:
+        """CRC-32 of all of it."""
+        model = None if self.model is None else self.model.to_json()
+        return zlib.crc32(json.dumps([self.name, self.method, self.version, model, self.sites, self.artifact]).encode())
 
-        Raises:
-            SteerError: something in the entry is not JSON.
-        """
-        source, owner = self.provenance, f"state {self.name!r} of user {self.user!r}"
-        parts = {
-            "records": source.records,
-            "settings": dict(source.settings),
-            "calibration": dict(source.calibration),
-            "data": dict(self.data),
-            "tensors": self.stored.to_json(),
-        }
-        return tuple(to_json(part, f"{name} of {owner}") for name, part in parts.items())
+
+@dataclass(frozen=True)
+class Usage:
+    """How much of a segment is taken, and how much of that by states that are gone; in elements."""
+
+    segment: Segment
+    used: int
+    dead: int
 
 
 class Index:
     """Reads and writes the index; safe to use from several threads and processes, and after a fork.
 
+    Readers and writers have a connection each, so that a long commit in one thread leaves others free to read.
+
     Raises:
         SteerError: the file is no SQLite database, is damaged, or stays locked by another process; by any method.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._models: dict[int, Fingerprint] = {}
-        self._connect()
+    def __init__(self, file: Path, on_change: Callable[[], None]) -> None:
+        """`on_change` is called when files of the bank have gone since it was last read."""
+        self._on_change = on_change
+        self._generation = -1
+        # By table and id; rows of these tables never change.
+        self._known: dict[tuple[str, int], Any] = {}
+        self._reader = Connection(file, self._forget)
+        self._writer = Connection(file, self._forget)
 
     @staticmethod
-    def create(file: Path) -> None:
+    def create(file: Path, salt_check: bytes) -> None:
         """Makes an empty index in a new file."""
-        with closing(sqlite3.connect(file)) as db:
+        with closing(sqlite3.connect(file, isolation_level=None)) as db:
+            # So that a compaction can give back pages without writing the whole file anew.
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            db.execute("INSERT INTO bank VALUES (?, 0)", (salt_check,))
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+    def check(self, salt_check: bytes) -> None:
+        """Raises SteerError unless the file has the tables of a bank, nothing else, and belongs to that salt."""
+        with closing(sqlite3.connect(":memory:")) as db:
             db.executescript(_SCHEMA)
+            expected = _tables(db)
+        with self._reader.transaction() as db:
+            if _tables(db) != expected:
+                raise SteerError(f"{self._reader.file}: not the index of a bank, it has other tables")
+            if db.execute("SELECT salt_check FROM bank").fetchall() != [(salt_check,)]:
+                raise SteerError(f"{self._reader.file}: belongs to another bank than the manifest beside it")
 
-    def put(self, entries: Iterable[tuple[Entry, tuple[str, ...]]]) -> None:
-        """Adds or replaces entries, each with its `to_row()`, in one transaction."""
-        with self._transaction("BEGIN IMMEDIATE") as db:
-            kinds = _Interned(lambda kind: _kind_id(db, *kind))
-            segments = _Interned(lambda file: _segment_id(db, file))
-            stored = db.execute("SELECT id, fingerprint FROM models").fetchall()
-            # Fingerprints that are equal but for rounding share an id: equality of the keys is theirs.
-            models = _Interned(lambda model: _model_id(db, model), {self._model(*row): row[0] for row in stored})
-            rows = []
-            for entry, columns in entries:
-                source = entry.provenance
-                model = None if source.model is None else models[source.model]
-                sites = json.dumps(source.sites)
-                kind = kinds[entry.name, source.method, source.version, model, sites, source.artifact]
-                segment = None if entry.segment is None else segments[entry.segment]
-                rows.append((entry.user, entry.name, kind, segment, *columns))
-            db.executemany(_PUT, rows)
+    # Reading.
 
-    def find(self, keys: Iterable[Key]) -> dict[Key, Entry]:
-        """The entries of those keys that there are, all from one moment."""
-        with self._transaction() as db:
-            found = {key: db.execute(f"{_ENTRIES} WHERE user = ? AND entries.name = ?", key).fetchone() for key in keys}
-            return {key: self._entry(row) for key, row in found.items() if row is not None}
+    def find(self, addresses: Iterable[Address]) -> dict[Address, Entry]:
+        """The entries of those addresses that there are, all from one moment."""
+        users: dict[str, set[bytes]] = {}
+        for user, name in addresses:
+            users.setdefault(name, set()).add(user)
+        with self._reading() as db:
+            return {entry.address: entry for name, some in users.items() for entry in _find(db, name, list(some))}
 
-    def templates(self) -> list[Entry]:
-        """One entry for each kind that occurs."""
-        first = "SELECT (SELECT MIN(id) FROM entries WHERE kind = kinds.id) FROM kinds"
-        with self._transaction() as db:
-            rows = db.execute(f"{_ENTRIES} WHERE entries.id IN ({first}) ORDER BY entries.id").fetchall()
-            return [self._entry(row) for row in rows]
+    def find_id(self, number: int) -> list[Entry]:
+        """The entry of that id, if there is one."""
+        with self._reading() as db:
+            return _entries(db.execute(f"SELECT {_COLUMNS} FROM entries WHERE id = ?", (number,)))
 
-    def entries(self) -> Iterator[Entry]:
+    def pages(self) -> Iterator[list[Entry]]:
         """All entries, in the order in which their keys came; what is written meanwhile may be among them or not."""
-        for row in self._pages(f"{_ENTRIES} WHERE entries.id > ? ORDER BY entries.id LIMIT ?"):
-            yield self._entry(row)
+        # Page by page, so that a reader who dawdles never holds a lock that a writer waits for.
+        query, last = f"SELECT {_COLUMNS} FROM entries WHERE id > ? ORDER BY id LIMIT ?", 0
+        while True:
+            with self._reading() as db:
+                page = _entries(db.execute(query, (last, _PAGE)))
+            if not page:
+                return
+            yield page
+            last = page[-1].id
 
-    def keys(self) -> Iterator[Key]:
-        """All keys, like `entries`."""
-        for _, user, name in self._pages("SELECT id, user, name FROM entries WHERE id > ? ORDER BY id LIMIT ?"):
-            yield user, name
-
-    def contains(self, key: Key) -> bool:
-        return bool(self._column("SELECT 1 FROM entries WHERE user = ? AND name = ?", *key))
+    def examples(self) -> list[list[Entry]]:
+        """The oldest entries of each kind that occurs."""
+        query = f"SELECT {_COLUMNS} FROM entries WHERE kind = ? ORDER BY id LIMIT {_EXAMPLES}"
+        with self._reading() as db:
+            kinds = db.execute("SELECT id FROM kinds").fetchall()
+            found = [_entries(db.execute(query, kind)) for kind in kinds]
+        return sorted((entries for entries in found if entries), key=lambda entries: entries[0].id)
 
     def count(self) -> int:
         return int(self._column("SELECT COUNT(*) FROM entries")[0])
-
-    def users(self) -> list[str]:
-        return self._column("SELECT DISTINCT user FROM entries ORDER BY user")
 
     def names(self) -> list[str]:
         alive = "EXISTS (SELECT 1 FROM entries WHERE kind = kinds.id)"
         return self._column(f"SELECT DISTINCT name FROM kinds WHERE {alive} ORDER BY name")
 
-    def names_of(self, user: str) -> list[str]:
+    def names_of(self, user: bytes) -> list[str]:
         return self._column("SELECT name FROM entries WHERE user = ? ORDER BY name", user)
 
-    def last_segment(self) -> int:
-        """Number of the newest segment, 0 where there is none."""
-        return int(self._column("SELECT COALESCE(MAX(id), 0) FROM segments")[0])
+    def artifacts(self) -> list[str]:
+        """Hashes of the artifacts that states need."""
+        alive = "EXISTS (SELECT 1 FROM entries WHERE kind = kinds.id)"
+        return self._column(f"SELECT DISTINCT artifact FROM kinds WHERE artifact IS NOT NULL AND {alive}")
 
-    def _connect(self) -> None:
-        with _sqlite_errors(self._file):
-            self._db = _open(self._file)
-        self._pid = os.getpid()
-        self._closer = weakref.finalize(self, self._db.close)
+    def kind(self, number: int) -> Kind:
+        """Raises Damage where there is none of that number, as the next three do."""
+        return self._row("kinds", "name, method, version, model, sites, artifact", number, self._to_kind)
+
+    def layout(self, number: int) -> Layout:
+        return self._row("layouts", "tensors", number, Layout.from_json)
+
+    def segment(self, number: int) -> Segment:
+        return self._row("segments", "id, file, dtype, capacity", number, _to_segment)
+
+    def model(self, number: int) -> Fingerprint:
+        return self._row("models", "fingerprint", number, _to_model)
+
+    def segments(self) -> list[Usage]:
+        """All segments, in the order of their numbers."""
+        with self._reading() as db:
+            return _usages(db)
+
+    def erasures(self) -> list[Stretch]:
+        """What has been deleted and may not have been erased yet."""
+        with self._reading() as db:
+            return _erasures(db)
+
+    def placed(self, segment: Segment, part: str) -> Iterator[list[Entry]]:
+        """The entries whose "tensors" or "facts" lie in a segment, in the order in which they lie, by pages."""
+        column, at = ("segment", "at") if part == "tensors" else ("facts_segment", "facts_at")
+        query = f"SELECT {_COLUMNS} FROM entries WHERE {column} = ? AND {at} > ? ORDER BY {at} LIMIT ?"
+        last = -1
+        while True:
+            with self._reading() as db:
+                page = _entries(db.execute(query, (segment.number, last, _PAGE)))
+            if not page:
+                return
+            yield page
+            last = getattr(page[-1], at)
+
+    def unplaced(self) -> list[Entry]:
+        """Entries that refer to segments which do not exist."""
+        gone = "NOT IN (SELECT id FROM segments)"
+        query = f"SELECT {_COLUMNS} FROM entries WHERE segment {gone} OR facts_segment {gone}"
+        with self._reading() as db:
+            return _entries(db.execute(query))
+
+    def stretches(self, segment: Segment) -> list[tuple[int, int]]:
+        """Where in a segment states lie: first element and number of elements of each, in order."""
+        with self._reading() as db:
+            return _stretches(db, segment)
+
+    def faults(self) -> list[str]:
+        """What SQLite finds wrong with the file."""
+        with self._reading() as db:
+            found = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
+        return [] if found == ["ok"] else found
+
+    def shrink(self) -> None:
+        """Gives back the pages that deleted entries have left."""
+        with self._writer.transaction() as db:
+            db.execute("PRAGMA incremental_vacuum").fetchall()
 
     @contextmanager
-    def _transaction(self, begin: str = "BEGIN") -> Iterator[sqlite3.Connection]:
-        with _LOCK, _sqlite_errors(self._file):
-            if self._pid != os.getpid():
-                self._closer.detach()
-                _INHERITED.append(self._db)
-                self._connect()
-            # Leaving the connection's context commits, or rolls back after an exception.
-            with self._db as db:
-                db.execute(begin)
-                yield db
+    def writing(self, busy_seconds: float | None = None) -> Iterator[Writer]:
+        """A writer's turn. What it does is committed at the end, as a whole; an exception undoes it."""
+        with self._writer.transaction("BEGIN IMMEDIATE", busy_seconds) as db:
+            yield Writer(db)
 
-    def _column(self, query: str, *values: str) -> list[Any]:
-        with self._transaction() as db:
+    def _forget(self) -> None:
+        self._known.clear()
+        self._on_change()
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._reader.transaction("BEGIN") as db:
+            (generation,) = db.execute("SELECT generation FROM bank").fetchone() or (-1,)
+            if generation != self._generation:
+                self._forget()
+                self._generation = generation
+            yield db
+
+    def _column(self, query: str, *values: Any) -> list[Any]:
+        with self._reading() as db:
             return [row[0] for row in db.execute(query, values)]
 
-    def _pages(self, query: str) -> Iterator[tuple[Any, ...]]:
-        # Page by page, so that a reader who dawdles never holds a lock that a writer waits for.
-        last = 0
-        while True:
-            with self._transaction() as db:
-                rows = db.execute(query, (last, _PAGE)).fetchall()
-            if not rows:
-                return
-            yield from rows
-            last = rows[-1][0]
+    def _row(self, table: str, columns: str, number: int, convert: Callable[..., Any]) -> Any:
+        found = self._known.get((table, number))
+        if found is None:
+            with self._reader.transaction() as db:
+                row = db.execute(f"SELECT {columns} FROM {table} WHERE id = ?", (number,)).fetchone()
+            if row is None:
+                raise Damage(f"{self._reader.file}: damaged, {table} has no row {number}")
+            try:
+                found = self._known[table, number] = convert(*row)
+            except Damage:
+                raise
+            except (TypeError, ValueError, KeyError) as error:
+                raise Damage(f"{self._reader.file}: damaged, row {number} of {table} makes no sense") from error
+        return found
 
-    def _entry(self, row: Sequence[Any]) -> Entry:
-        _, user, name, method, version, model, fingerprint, sites, artifact, *columns, segment = row
-        records, settings, calibration, data, tensors = (json.loads(column) for column in columns)
-        provenance = Provenance(
-            method=method,
-            version=version,
-            model=None if model is None else self._model(model, fingerprint),
-            sites=tuple(json.loads(sites)),
-            artifact=artifact,
-            records=tuple(records),
-            settings=settings,
-            calibration=calibration,
+    def _to_kind(
+        self, name: str, method: str, version: int, model: int | None, sites: str, artifact: str | None
+    ) -> Kind:
+        fingerprint = None if model is None else self.model(model)
+        return Kind(name, method, version, fingerprint, tuple(json.loads(sites)), artifact)
+
+
+class Writer:
+    """What may be done to the index in one transaction."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self._kinds: dict[Kind, tuple[int, Kind]] = {}
+        self._layouts: dict[Layout, int] = {}
+        rows = db.execute("SELECT id, fingerprint FROM models").fetchall()
+        models = [(number, _to_model(text)) for number, text in rows]
+        self._models = {model: (number, model) for number, model in models}
+
+    def find(self, addresses: Iterable[Address]) -> list[Entry]:
+        """Like `Index.find`."""
+        users: dict[str, list[bytes]] = {}
+        for user, name in addresses:
+            users.setdefault(name, []).append(user)
+        return [entry for name, some in users.items() for entry in _find(self._db, name, some)]
+
+    def find_users(self, users: Sequence[bytes]) -> list[Entry]:
+        """All entries of some users."""
+        query = f"SELECT {_COLUMNS} FROM entries WHERE user = ?"
+        return [entry for user in users for entry in _entries(self._db.execute(query, (user,)))]
+
+    def put(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Adds or replaces entries: the columns of `entries`, without the id."""
+        self._db.executemany(_PUT, rows)
+
+    def remove(self, entries: Sequence[Entry]) -> None:
+        """Removes entries."""
+        self._db.executemany("DELETE FROM entries WHERE id = ?", [(entry.id,) for entry in entries])
+
+    def discard(self, stretches: Iterable[Stretch]) -> None:
+        """Notes that nobody needs these stretches any more, and that they are to be erased."""
+        stretches = list(stretches)
+        self._db.executemany("INSERT INTO erasures VALUES (?, ?, ?)", stretches)
+        dead = [(stretch.length, stretch.segment) for stretch in stretches]
+        self._db.executemany("UPDATE segments SET dead = dead + ? WHERE id = ?", dead)
+
+    def erasures(self) -> list[Stretch]:
+        return _erasures(self._db)
+
+    def erased(self) -> None:
+        """Notes that all erasures are done."""
+        self._db.execute("DELETE FROM erasures")
+
+    def segments(self) -> list[Usage]:
+        """Like `Index.segments`."""
+        return _usages(self._db)
+
+    def add_segment(self, token: str, dtype: str, capacity: int) -> Segment:
+        """A new segment, whose file is named by its number and the token."""
+        insert = "INSERT INTO segments (file, dtype, capacity, used, dead) VALUES (?, ?, ?, 0, 0)"
+        number = _insert(self._db, insert, token, dtype, capacity)
+        file = f"{number:08d}-{token}.safetensors"
+        self._db.execute("UPDATE segments SET file = ? WHERE id = ?", (file, number))
+        return Segment(number, file, dtype, capacity)
+
+    def use(self, segment: Segment, used: int) -> None:
+        """Notes how much of a segment is taken."""
+        self._db.execute("UPDATE segments SET used = ? WHERE id = ?", (used, segment.number))
+
+    def stretches(self, segment: Segment) -> list[tuple[int, int]]:
+        """Like `Index.stretches`."""
+        return _stretches(self._db, segment)
+
+    def move(self, source: Segment, start: int, end: int, target: Segment, to: int) -> None:
+        """Lets entries that lie between two elements of a segment refer to another one, from element `to` on."""
+        values = (target.number, to - start, source.number, start, end)
+        self._db.execute("UPDATE entries SET segment = ?, at = at + ? WHERE segment = ? AND at >= ? AND at < ?", values)
+        self._db.execute(
+            "UPDATE entries SET facts_segment = ?, facts_at = facts_at + ? "
+            "WHERE facts_segment = ? AND facts_at >= ? AND facts_at < ?",
+            values,
         )
-        return Entry(user, name, provenance, data, Stored.from_json(tensors), segment)
 
-    def _model(self, number: int, fingerprint: str) -> Fingerprint:
-        # Rows of `models` never change, and states of one model then share one object.
-        if number not in self._models:
-            self._models[number] = Fingerprint.from_json(json.loads(fingerprint))
-        return self._models[number]
+    def retire(self, segments: Iterable[Segment]) -> None:
+        """Removes segments that no entry refers to any more; readers are told to let go of their files."""
+        self._db.executemany("DELETE FROM segments WHERE id = ?", [(segment.number,) for segment in segments])
+        self._db.execute("UPDATE bank SET generation = generation + 1")
+
+    def kind(self, kind: Kind) -> tuple[int, Kind]:
+        """A kind's id, and the kind as the bank has it; it is added if it is new."""
+        if kind not in self._kinds:
+            number, model = (None, None) if kind.model is None else self._model(kind.model)
+            row = (kind.name, kind.method, kind.version, number, json.dumps(kind.sites), kind.artifact)
+            columns = "(name, method, version, model, sites, artifact)"
+            # IS rather than =, which finds no NULL.
+            found = self._db.execute(f"SELECT id FROM kinds WHERE {columns} IS (?, ?, ?, ?, ?, ?)", row).fetchone()
+            insert = f"INSERT INTO kinds {columns} VALUES (?, ?, ?, ?, ?, ?)"
+            self._kinds[kind] = found[0] if found else _insert(self._db, insert, *row), replace(kind, model=model)
+        return self._kinds[kind]
+
+    def layout(self, layout: Layout) -> int:
+        """Id of a layout, which is added if it is new."""
+        if layout not in self._layouts:
+            text = (layout.to_json(),)
+            found = self._db.execute("SELECT id FROM layouts WHERE tensors = ?", text).fetchone()
+            insert = "INSERT INTO layouts (tensors) VALUES (?)"
+            self._layouts[layout] = found[0] if found else _insert(self._db, insert, *text)
+        return self._layouts[layout]
+
+    def _model(self, model: Fingerprint) -> tuple[int, Fingerprint]:
+        # Fingerprints that are equal but for rounding share a row: equality of the keys is theirs.
+        if model not in self._models:
+            insert = "INSERT INTO models (fingerprint) VALUES (?)"
+            self._models[model] = _insert(self._db, insert, json.dumps(model.to_json())), model
+        return self._models[model]
 
 
-class _Interned(dict[Any, int]):
-    """Ids by value; one that is not known yet is looked up or inserted."""
-
-    def __init__(self, find: Callable[[Any], int], known: Mapping[Any, int] | None = None) -> None:
-        super().__init__(known or {})
-        self._find = find
-
-    def __missing__(self, value: Any) -> int:
-        self[value] = self._find(value)
-        return self[value]
+def _tables(db: sqlite3.Connection) -> list[tuple[str, ...]]:
+    # Without white space, and without the tables that SQLite makes for itself.
+    rows = db.execute("SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY name")
+    return [(kind, name, "".join(str(sql).split())) for kind, name, sql in rows]
 
 
-def to_json(value: Any, what: str) -> str:
-    """JSON text that reads back as `value`, but for tuples, which become lists.
+def _find(db: sqlite3.Connection, name: str, users: Sequence[bytes]) -> list[Entry]:
+    found = []
+    for start in range(0, len(users), _ASKED):
+        some = users[start : start + _ASKED]
+        # As many question marks as a power of two, so that SQLite has few statements to compile.
+        marks = 1 << (len(some) - 1).bit_length()
+        query = f"SELECT {_COLUMNS} FROM entries WHERE name = ? AND user IN ({','.join('?' * marks)})"
+        found += _entries(db.execute(query, (name, *some, *[None] * (marks - len(some)))))
+    return found
 
-    Raises:
-        SteerError: there is no such text; `what` tells the user which part it is about.
-    """
+
+def _entries(rows: Iterable[tuple[Any, ...]]) -> list[Entry]:
+    return list(map(Entry._make, rows))
+
+
+def _usages(db: sqlite3.Connection) -> list[Usage]:
+    rows = db.execute(f"SELECT {_SEGMENT} FROM segments ORDER BY id")
+    return [Usage(_to_segment(*row), used, dead) for *row, used, dead in rows]
+
+
+def _to_model(text: str) -> Fingerprint:
     try:
-        _require_text_keys(value)
-        return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise SteerError(f"{what}: cannot be stored as JSON ({error})") from error
+        return Fingerprint.from_json(json.loads(text))
+    except (TypeError, ValueError, KeyError) as error:
+        raise Damage("damaged: the index of the bank holds what is no fingerprint of a model") from error
 
 
-def _require_text_keys(value: Any) -> None:
-    # json.dumps turns the key 18 into "18" without a word, and whoever then looks for 18 finds nothing.
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"the key {key!r} is not text")
-            _require_text_keys(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _require_text_keys(inner)
+def _to_segment(number: int, file: str, dtype: str, capacity: int) -> Segment:
+    # An index from elsewhere must not point out of the bank.
+    if not isinstance(file, str) or not FILE.fullmatch(file):
+        raise Damage(f"damaged: the index of the bank refers to {file!r}, which is not the name of a segment")
+    if dtype not in DTYPES or not isinstance(capacity, int) or capacity < 0:
+        raise Damage(f"damaged: the index of the bank says that {file} has {capacity!r} elements of {dtype!r}")
+    return Segment(number, file, dtype, capacity)
 
 
-@contextmanager
-def _sqlite_errors(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise SteerError(f"{file}: the index of the bank cannot be used ({error})") from error
+def _stretches(db: sqlite3.Connection, segment: Segment) -> list[tuple[int, int]]:
+    layouts = {number: Layout.from_json(text).length for number, text in db.execute("SELECT id, tensors FROM layouts")}
+    tensors = db.execute("SELECT at, layout FROM entries WHERE segment = ?", (segment.number,))
+    found = [(at, layouts[layout]) for at, layout in tensors]
+    found += db.execute("SELECT facts_at, facts_length FROM entries WHERE facts_segment = ?", (segment.number,))
+    return sorted(found)
 
 
-def _open(file: Path) -> sqlite3.Connection:
-    # `mode=rw` never creates a file, and falls back to reading where one may not write.
-    db = sqlite3.connect(
-        f"{file.as_uri()}?mode=rw", uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-    )
-    # EXTRA is FULL and a sync of the folder once the journal is gone: a commit that returned survives a power cut.
-    db.execute("PRAGMA synchronous = EXTRA")
-    # Banks are handed around, and SQLite files can carry code of their own, in triggers and views.
-    db.execute("PRAGMA trusted_schema = OFF")
-    return db
-
-
-def _model_id(db: sqlite3.Connection, model: Fingerprint) -> int:
-    return _insert(db, "INSERT INTO models (fingerprint) VALUES (?)", json.dumps(model.to_json()))
-
-
-def _segment_id(db: sqlite3.Connection, file: str) -> int:
-    return _insert(db, "INSERT INTO segments (file) VALUES (?)", file)
-
-
-def _kind_id(db: sqlite3.Connection, *kind: str | int | None) -> int:
-    columns = "(name, method, version, model, sites, artifact)"
-    # IS rather than =, which finds no NULL.
-    row = db.execute(f"SELECT id FROM kinds WHERE {columns} IS (?, ?, ?, ?, ?, ?)", kind).fetchone()
-    return int(row[0]) if row else _insert(db, f"INSERT INTO kinds {columns} VALUES (?, ?, ?, ?, ?, ?)", *kind)
+def _erasures(db: sqlite3.Connection) -> list[Stretch]:
+    return [Stretch(*row) for row in db.execute("SELECT segment, at, length FROM erasures ORDER BY segment, at")]
 
 
 def _insert(db: sqlite3.Connection, statement: str, *values: str | int | None) -> int:

@@ -1,144 +1,274 @@
-"""Segments: safetensors files with the tensors of one commit, written once and never changed.
+"""Segments: safetensors files of a fixed size, which fill up from the front.
 
-Tensors of one name, dtype and shape are stacked into a block `[rows, *shape]`. The header then has an entry for each
-kind of tensor instead of each user, so that opening a segment costs the same whatever the number of users in it, and
-a batch is gathered from one mapped tensor. Users appear in no segment, neither in its name nor in its header.
+A segment holds one flat tensor, `values`, of one dtype. States take stretches of it, one after another; what is not
+taken is zero, and takes no place on disks that know sparse files. Nothing moves within a segment and no place is ever
+used twice, so that whoever has looked a place up reads that state there or finds that it is gone.
+
+The header always takes the first 4,096 bytes. The place of an element follows from its number, then, and a header is
+checked by comparing it with the one that has to be there; nobody else's is ever parsed.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Mapping
+import json
+import os
+import re
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
+from steer.bank.layout import DTYPES
 from steer.errors import SteerError
 
-Key = tuple[str, str]
-"""User and name of a state."""
+HEADER_BYTES = 4096
+SMALLEST, LARGEST = 64 << 10, 128 << 20
+"""Bytes of the values of new segments. They grow with what there is, so that small banks are small and large ones have
+few files."""
 
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
+FILE = re.compile(r"[0-9]{8,}-[0-9a-f]{8}\.safetensors")
+"""Names of segments."""
+
+_KEPT_OPEN = 256
+_CHUNK = 4 << 20
+# Of one system call.
+_BUFFERS = 1024
+_CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where a tensor lies in its segment: row `row` of the block of its name, dtype and shape."""
+class Damage(SteerError):
+    """What the index refers to cannot be read."""
 
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment as the index knows it: `capacity` elements of a dtype in a file."""
+
+    number: int
+    file: str
     dtype: str
-    shape: tuple[int, ...]
-    row: int
+    capacity: int
+
+    @cached_property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
 
     @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * _DTYPES[self.dtype].itemsize
+    def header(self) -> bytes:
+        nbytes = self.capacity * self.itemsize
+        values = {"dtype": _CODES[self.dtype], "shape": [self.capacity], "data_offsets": [0, nbytes]}
+        text = json.dumps({"__metadata__": {"format": "steer-bank"}, "values": values}).encode()
+        size = HEADER_BYTES - 8
+        return struct.pack("<Q", size) + text.ljust(size)
 
-    def block(self, name: str) -> str:
-        """Name of the block in the safetensors file, given the name of the tensor."""
-        return _block_name(name, self.dtype, self.shape)
+    def offset(self, at: int) -> int:
+        """Place of an element in the file, in bytes."""
+        return HEADER_BYTES + at * self.itemsize
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where all tensors of a state lie, and a CRC-32 over their bytes in the order of `slots`."""
+class Segments:
+    """The files of a bank's segments; safe to use from several threads."""
 
-    slots: Mapping[str, Slot]
-    checksum: int
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: OrderedDict[int, _File] = OrderedDict()
 
-    def to_json(self) -> dict[str, Any]:
-        slots = {name: [slot.dtype, list(slot.shape), slot.row] for name, slot in self.slots.items()}
-        return {"slots": slots, "crc32": self.checksum}
+    def read(self, segment: Segment, at: int, into: memoryview) -> None:
+        """Fills a buffer of bytes from element `at` on.
+
+        Read by `pread` rather than through a mapping: one copy either way, but a file that somebody truncates is an
+        error then and not the end of the process (SIGBUS).
+
+        Raises:
+            Damage: the file is missing, is not the segment, or ends too early.
+        """
+        file, offset, nbytes = self._file(segment), segment.offset(at), into.nbytes
+        if not HEADER_BYTES <= offset <= segment.offset(segment.capacity) - nbytes:
+            raise Damage(f"{self.folder / segment.file}: damaged, the index refers to a place behind its end")
+        try:
+            got = os.preadv(file.descriptor, [into], offset)
+            while 0 < got < nbytes and (more := os.preadv(file.descriptor, [into[got:]], offset + got)):
+                got += more
+        except OSError as error:
+            raise Damage(f"{self.folder / segment.file}: damaged, it cannot be read ({error})") from error
+        if got < nbytes:
+            raise Damage(f"{self.folder / segment.file}: damaged, it ends too early")
+
+    def expect(self, segment: Segment, at: int, nbytes: int) -> None:
+        """Tells the operating system that these bytes will be read soon, so that it can fetch many at once."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file(segment).descriptor, segment.offset(at), nbytes, os.POSIX_FADV_WILLNEED)
+
+    def create(self, segment: Segment) -> None:
+        """Makes the file; nobody reads it before the index refers to it."""
+        descriptor = os.open(self.folder / segment.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            os.pwrite(descriptor, segment.header, 0)
+            os.ftruncate(descriptor, segment.offset(segment.capacity))
+        finally:
+            os.close(descriptor)
+
+    def write(self, segment: Segment, at: int, parts: Sequence[bytes]) -> None:
+        """Writes bytes from element `at` on, and waits until they are on the disk."""
+        with _File.writable(self._checked(segment)) as file:
+            offset = segment.offset(at)
+            for start in range(0, len(parts), _BUFFERS):
+                offset = _write(file.descriptor, b"".join(parts[start : start + _BUFFERS]), offset)
+            os.fsync(file.descriptor)
+
+    def copy(self, source: Segment, at: int, length: int, target: Segment, to: int) -> None:
+        """Copies elements; `sync` has to follow."""
+        with _File.writable(self._checked(target)) as file:
+            for chunk in self.chunks(source, at, at + length):
+                to_offset = target.offset(to)
+                to += len(chunk) // target.itemsize
+                _write(file.descriptor, chunk, to_offset)
+
+    def erase(self, segment: Segment, stretches: Sequence[tuple[int, int]]) -> None:
+        """Overwrites stretches, given as first element and number of elements, with zeros, and waits for the disk.
+
+        A damaged file is erased as well, as far as it goes, and one that is gone needs no erasing.
+        """
+        try:
+            file = _File.writable(self.folder / segment.file)
+        except FileNotFoundError:
+            return
+        with file:
+            size = os.fstat(file.descriptor).st_size
+            for at, length in stretches:
+                start, end = segment.offset(at), min(segment.offset(at + length), size)
+                for offset in range(start, end, _CHUNK):
+                    _write(file.descriptor, bytes(min(_CHUNK, end - offset)), offset)
+            os.fsync(file.descriptor)
+
+    def is_intact(self, segment: Segment) -> bool:
+        """Whether the file is there, with the header and the size that it should have."""
+        try:
+            self._file(segment)
+        except Damage:
+            return False
+        return True
+
+    def has_rest(self, segment: Segment, used: int) -> bool:
+        """Whether a killed writer left something behind the elements in use. Raises Damage."""
+        return any(self._written(segment, used))
+
+    def erase_rest(self, segment: Segment, used: int) -> None:
+        """Erases that. Raises Damage, also if the file was damaged since it was opened."""
+        self._open[segment.number] = self._opened(segment)
+        if stretches := list(self._written(segment, used)):
+            self.erase(segment, stretches)
+
+    def sync(self, segment: Segment) -> None:
+        """Waits until a segment is on the disk."""
+        with _File.writable(self._checked(segment)) as file:
+            os.fsync(file.descriptor)
+
+    def sync_folder(self) -> None:
+        """Waits until the names of the files are on the disk."""
+        with _File(self.folder) as folder:
+            os.fsync(folder.descriptor)
+
+    def chunks(self, segment: Segment, start: int, end: int) -> Iterator[bytes]:
+        """The bytes of some elements, a few megabytes at a time. Raises Damage."""
+        step = _CHUNK // segment.itemsize
+        for at in range(start, end, step):
+            buffer = bytearray(min(step, end - at) * segment.itemsize)
+            self.read(segment, at, memoryview(buffer))
+            yield bytes(buffer)
+
+    def forget(self) -> None:
+        """Closes all files, so that the disk gets back the place of those that are no longer there."""
+        self._open.clear()
+
+    def _written(self, segment: Segment, used: int) -> Iterator[tuple[int, int]]:
+        """Stretches from element `used` on in which something is not zero, rounded to the chunks that were read."""
+        file = self._file(segment)
+        end, offset = segment.offset(segment.capacity), segment.offset(used)
+        while offset < end:
+            try:
+                # Skips what was never written.
+                offset = max(os.lseek(file.descriptor, offset, os.SEEK_DATA), offset)
+            except OSError:
+                return
+            at = (offset - HEADER_BYTES) // segment.itemsize
+            length = min(_CHUNK // segment.itemsize, segment.capacity - at)
+            chunk = next(self.chunks(segment, at, at + length))
+            if chunk.count(0) < len(chunk):
+                yield at, length
+            offset = segment.offset(at + length)
+
+    def _checked(self, segment: Segment) -> Path:
+        self._file(segment)
+        return self.folder / segment.file
+
+    def _file(self, segment: Segment) -> _File:
+        file = self._open.get(segment.number)
+        if file is None:
+            file = self._open[segment.number] = self._opened(segment)
+            # Whoever reads from one that is dropped here holds on to it.
+            while len(self._open) > _KEPT_OPEN:
+                self._open.popitem(last=False)
+        return file
+
+    def _opened(self, segment: Segment) -> _File:
+        path = self.folder / segment.file
+        try:
+            file = _File(path)
+            size = os.fstat(file.descriptor).st_size
+            found = os.pread(file.descriptor, HEADER_BYTES, 0)
+        except OSError as error:
+            raise Damage(f"{path}: damaged or missing, it cannot be read ({error.strerror})") from error
+        if found != segment.header:
+            raise Damage(f"{path}: damaged, its header is not that of a segment of {segment.capacity} {segment.dtype}")
+        if size != segment.offset(segment.capacity):
+            raise Damage(f"{path}: damaged, it has {size} bytes and should have {segment.offset(segment.capacity)}")
+        return file
+
+
+class _File:
+    """A descriptor that is closed when nobody holds it any more, so never under the hands of another thread."""
+
+    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, flags)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Stored:
-        slots = {name: Slot(dtype, tuple(shape), row) for name, (dtype, shape, row) in data["slots"].items()}
-        return cls(slots, data["crc32"])
+    def writable(cls, path: Path) -> _File:
+        return cls(path, os.O_RDWR)
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
-def pack(states: Mapping[Key, Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[Key, Stored]]:
-    """Stacks the tensors of many states into blocks.
-
-    Returns:
-        The blocks of a segment, on the CPU, `[rows, *shape]` each; and where every state lies in them.
-
-    Raises:
-        SteerError: a tensor of a kind that is not stored, such as a sparse or a complex one.
-    """
-    blocks: dict[str, list[Tensor]] = {}
-    stored = {}
-    for (user, name), tensors in states.items():
-        own = {label: _plain(tensor, f"{label!r} of {name!r} of {user!r}") for label, tensor in tensors.items()}
-        slots = {}
-        for label, tensor in own.items():
-            dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-            block = blocks.setdefault(_block_name(label, dtype, shape), [])
-            slots[label] = Slot(dtype, shape, row=len(block))
-            block.append(tensor)
-        stored[user, name] = Stored(slots, _checksum(own.values()))
-    return {name: torch.stack(block) for name, block in blocks.items()}, stored
-
-
-def read(file: Path, wanted: Mapping[Key, Stored]) -> dict[Key, dict[str, Tensor]]:
-    """Reads the tensors of some states from one segment, which is opened once.
-
-    Raises:
-        SteerError: the file is missing or damaged; the message names it and the first state that cannot be read.
-    """
-    tensors: dict[Key, dict[str, Tensor]] = {}
-    key = next(iter(wanted))
-    try:
-        with safe_open(file, "pt") as segment:
-            blocks: dict[str, Tensor] = {}
-            for key, stored in wanted.items():
-                for name, slot in stored.slots.items():
-                    if (block := slot.block(name)) not in blocks:
-                        blocks[block] = segment.get_tensor(block)
-                tensors[key] = _take(blocks, stored)
-    except (OSError, SafetensorError, IndexError, ValueError) as error:
-        user, name = key
-        raise SteerError(f"{file}: damaged, state {name!r} of user {user!r} cannot be read ({error})") from error
-    return tensors
-
-
-def _block_name(name: str, dtype: str, shape: tuple[int, ...]) -> str:
-    return f"{name}:{dtype}:{'x'.join(map(str, shape))}"
-
-
-def _plain(tensor: Tensor, what: str) -> Tensor:
-    if tensor.layout != torch.strided or tensor.dtype not in _DTYPES.values():
-        found = f"{tensor.layout}, {tensor.dtype}"
-        raise SteerError(f"tensor {what} is {found}: a bank stores dense tensors of real numbers")
-    return tensor.detach().cpu().contiguous()
-
-
-def _take(blocks: Mapping[str, Tensor], stored: Stored) -> dict[str, Tensor]:
-    # A block is a mapped file: a view of it would keep the file open and fault pages in at use, so clone.
-    rows = {name: blocks[slot.block(name)][slot.row].clone() for name, slot in stored.slots.items()}
-    if _checksum(rows.values()) != stored.checksum:
-        raise ValueError("its bytes are not those that were saved")
-    return rows
-
-
-def _checksum(tensors: Iterable[Tensor]) -> int:
-    checksum = 0
-    for tensor in tensors:
-        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
-    return checksum
+def _write(descriptor: int, data: bytes, offset: int) -> int:
+    """Writes all of the data; returns where they end."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+    return offset

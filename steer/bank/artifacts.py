@@ -1,0 +1,61 @@
+"""Artifacts: a safetensors file for each, named by its hash."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from steer.bank import folder
+from steer.bank.facts import to_json
+from steer.errors import SteerError
+from steer.state import Artifact, Fingerprint
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def is_hash(digest: object) -> bool:
+    """Whether this may be the hash of an artifact."""
+    return isinstance(digest, str) and _HASH.fullmatch(digest) is not None
+
+
+def save(file: Path, artifact: Artifact) -> None:
+    """Raises SteerError if it cannot be written; nothing of it is left then."""
+    described = {
+        "method": artifact.method,
+        "version": artifact.version,
+        "model": artifact.model.to_json(),
+        "settings": dict(artifact.settings),
+    }
+    metadata = {"artifact": to_json(described, f"the {artifact.method} artifact")}
+    # Clones, as safetensors refuses tensors that share storage and would have to save a view's base.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in artifact.tensors.items()}
+    folder.save_tensors(file, tensors, metadata)
+
+
+def load(file: Path, digest: str) -> Artifact:
+    """Raises SteerError if it is damaged, or not the artifact of that hash."""
+    try:
+        artifact = _read(file)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise SteerError(f"{file}: damaged, the artifact cannot be read ({error})") from error
+    if artifact.hash != digest:
+        raise SteerError(f"{file}: damaged, what it holds has the hash {artifact.hash}")
+    return artifact
+
+
+def _read(file: Path) -> Artifact:
+    with safe_open(file, "pt") as opened:
+        described: dict[str, Any] = json.loads((opened.metadata() or {})["artifact"])
+        # Cloned, as these are views of the mapped file.
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    return Artifact(
+        method=described["method"],
+        version=described["version"],
+        model=Fingerprint.from_json(described["model"]),
+        tensors=tensors,
+        settings=described["settings"],
+    )

@@ -1,0 +1,129 @@
+"""How the tensors of a state lie in a segment: one after another, in their bytes.
+
+States whose tensors agree in names, dtypes and shapes share a layout, which the index keeps once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steer.errors import SteerError
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
+BYTES = "uint8"
+
+
+class Slot(NamedTuple):
+    """One tensor of a state."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a state, in order."""
+
+    slots: tuple[Slot, ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        """Raises SteerError, naming the tensor, for one that is sparse or complex."""
+        for name, tensor in tensors.items():
+            if tensor.layout != torch.strided or _name(tensor.dtype) not in DTYPES:
+                found = f"{tensor.layout}, {tensor.dtype}"
+                raise SteerError(f"tensor {name!r} is {found}: a bank stores dense tensors of real numbers")
+        return cls(tuple(Slot(name, _name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()))
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """Raises ValueError for what is no layout."""
+        slots = tuple(Slot(name, dtype, tuple(shape)) for name, dtype, shape in json.loads(text))
+        if any(
+            not isinstance(slot.name, str)
+            or slot.dtype not in DTYPES
+            or not all(isinstance(size, int) and size >= 0 for size in slot.shape)
+            for slot in slots
+        ):
+            raise ValueError(f"{text!r} is not the layout of a state")
+        return cls(slots)
+
+    def to_json(self) -> str:
+        return json.dumps(self.slots)
+
+    @cached_property
+    def dtype(self) -> str:
+        """Of the segments that hold such states: that of the tensors, or bytes where they differ in theirs."""
+        dtypes = {slot.dtype for slot in self.slots}
+        return dtypes.pop() if len(dtypes) == 1 else BYTES
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of a state."""
+        return sum(slot.nbytes for slot in self.slots)
+
+    @cached_property
+    def length(self) -> int:
+        """Elements that a state takes in a segment."""
+        return self.nbytes // DTYPES[self.dtype].itemsize
+
+    @cached_property
+    def checksum(self) -> int:
+        """CRC-32 of the layout."""
+        return zlib.crc32(self.to_json().encode())
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> bytes:
+        """The bytes of a state."""
+        return b"".join(_bytes(tensors[slot.name]) for slot in self.slots)
+
+    def unpack(self, packed: Tensor) -> dict[str, Tensor]:
+        """The tensors of states, given their bytes `[*rows, nbytes]`.
+
+        Returns:
+            Tensors `[*rows, *shape]`; they share the memory of `packed` where they begin at whole elements.
+        """
+        tensors, at = {}, 0
+        for slot in self.slots:
+            part, dtype = packed[..., at : at + slot.nbytes], DTYPES[slot.dtype]
+            if any(begin % dtype.itemsize for begin in (part.storage_offset(), *part.stride()[:-1])):
+                part = part.clone()
+            at += slot.nbytes
+            tensors[slot.name] = part.view(dtype).reshape((*packed.shape[:-1], *slot.shape))
+        return tensors
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().tobytes()

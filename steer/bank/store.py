@@ -1,0 +1,133 @@
+"""A bank's parts together, and how an entry of the index becomes a state."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from steer.bank import folder
+from steer.bank.facts import Facts
+from steer.bank.folder import Manifest
+from steer.bank.index import Address, Entry, Index, Kind, Stretch
+from steer.bank.layout import Layout
+from steer.bank.segment import Damage, Segments
+from steer.state import UserState
+
+Found = TypeVar("Found")
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder, its manifest, its index and its segments."""
+
+    path: Path
+    manifest: Manifest
+    index: Index
+    segments: Segments
+
+    @classmethod
+    def open(cls, path: Path, manifest: Manifest) -> Store:
+        """Raises SteerError for an index that is damaged, or not that of this bank."""
+        segments = Segments(path / folder.SEGMENTS)
+        index = Index(path / folder.INDEX, on_change=segments.forget)
+        index.check(manifest.salt_check)
+        return cls(path, manifest, index, segments)
+
+    def settled(self, find: Callable[[], Found], read: Callable[[Found], Read], found: Found | None = None) -> Read:
+        """Reads what is found in the index, or has been found there before.
+
+        A writer may move or erase it in between. Then the index says otherwise by now, and is asked again.
+
+        Raises:
+            Damage: it cannot be read, though the index still refers to it.
+        """
+        found = find() if found is None else found
+        while True:
+            try:
+                return read(found)
+            except Damage:
+                again = find()
+                if again == found:
+                    raise
+                found = again
+
+    def settled_entry(self, entry: Entry, read: Callable[[Entry], Read]) -> Read | None:
+        """The same for one entry; None if it is gone by now."""
+
+        def read_all(found: list[Entry]) -> Read | None:
+            return read(found[0]) if found else None
+
+        return self.settled(lambda: self.index.find_id(entry.id), read_all, [entry])
+
+    def state(self, entry: Entry) -> UserState:
+        """A state. Raises Damage if it cannot be read, as the methods below do."""
+        facts = self.facts(entry)
+        return UserState(facts.provenance(self.index.kind(entry.kind)), self.tensors(entry), facts.data)
+
+    def tensors(self, entry: Entry) -> dict[str, Tensor]:
+        """The tensors of a state."""
+        layout = self.index.layout(entry.layout)
+        self._require_room(entry.segment, layout.length)
+        packed = torch.empty(layout.nbytes, dtype=torch.uint8)
+        self.fill(entry, packed.numpy().data)
+        return layout.unpack(packed)
+
+    def fill(self, entry: Entry, into: memoryview) -> None:
+        """Reads the bytes of a state's tensors, as its layout packs them."""
+        if entry.segment is not None and entry.at is not None:
+            self.segments.read(self.index.segment(entry.segment), entry.at, into)
+        kind, layout = self.index.kind(entry.kind), self.index.layout(entry.layout)
+        if tensors_checksum(entry.address, kind, layout, zlib.crc32(into)) != entry.checksum:
+            raise Damage(f"{self._file(entry.segment)}: damaged, the bytes are not those that were saved")
+
+    def facts(self, entry: Entry) -> Facts:
+        """What describes a state."""
+        number, at, length = entry.facts
+        self._require_room(number, length)
+        line = bytearray(length)
+        self.segments.read(self.index.segment(number), at, memoryview(line))
+        if facts_checksum(entry.address, zlib.crc32(line)) != entry.facts_checksum:
+            raise Damage(f"{self._file(number)}: damaged, the bytes are not those that were saved")
+        try:
+            return Facts.from_bytes(bytes(line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise Damage(f"{self._file(number)}: damaged, what it holds makes no sense") from error
+
+    def stretches(self, entries: Iterable[Entry]) -> Iterator[Stretch]:
+        """Where entries lie."""
+        for entry in entries:
+            yield entry.facts
+            if entry.segment is not None and entry.at is not None:
+                yield Stretch(entry.segment, entry.at, self.index.layout(entry.layout).length)
+
+    def _require_room(self, number: int | None, length: int) -> None:
+        # Before memory is taken for it.
+        room = 0 if number is None else self.index.segment(number).capacity
+        if not 0 <= length <= room:
+            raise Damage(f"{self._file(number)}: damaged, the index looks for {length} elements there")
+
+    def _file(self, number: int | None) -> Path:
+        return self.path / folder.INDEX if number is None else self.segments.folder / self.index.segment(number).file
+
+
+def tensors_checksum(address: Address, kind: Kind, layout: Layout, crc: int) -> int:
+    """CRC-32 over whose and what a state is and, given theirs, over its tensors.
+
+    So no damage to the index can pass one person's tensors for another's, or for those of another model or site.
+    """
+    user, name = address
+    return zlib.crc32(struct.pack("<III", crc, kind.checksum, layout.checksum) + user + name.encode())
+
+
+def facts_checksum(address: Address, crc: int) -> int:
+    """CRC-32 over whose state it is and, given theirs, over its facts."""
+    user, name = address
+    return zlib.crc32(struct.pack("<I", crc) + user + name.encode())

@@ -1,0 +1,195 @@
+"""Looking after a bank: finding damage, and giving back space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from steer.bank import artifacts, folder, writing
+from steer.bank.index import Entry, Usage, Writer
+from steer.bank.segment import LARGEST, Damage, Segment
+from steer.bank.store import Store
+from steer.errors import SteerError
+
+Progress = Callable[[float], None]
+
+# A segment is written anew when at least this share of it holds nothing that anybody needs.
+_WASTE = 1 / 8
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is wrong with a bank.
+
+    Attributes:
+        file: where.
+        user, name: of the state that is lost by it; the user's id, or the hash of it where the id cannot be read.
+        message: what is wrong.
+    """
+
+    file: Path
+    message: str
+    user: str | None = None
+    name: str | None = None
+
+    def __str__(self) -> str:
+        whose = "" if self.user is None else f"state {self.name!r} of user {self.user!r}: "
+        return f"{whose}{self.message}"
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What a compaction did.
+
+    Attributes:
+        segments_before, segments_after: how many files there were and are.
+        nbytes_before, nbytes_after: their sizes, in bytes.
+    """
+
+    segments_before: int
+    segments_after: int
+    nbytes_before: int
+    nbytes_after: int
+
+
+def verify(store: Store, on_progress: Progress | None = None) -> list[Fault]:
+    """See `Bank.verify`."""
+    index_file = store.path / folder.INDEX
+    faults = [Fault(index_file, f"{index_file}: {found}") for found in store.index.faults()]
+    faults += [_fault(store, entry, "its segment is not in the index") for entry in store.index.unplaced()]
+    usages = store.index.segments()
+    total, done = max(sum(usage.used * usage.segment.itemsize for usage in usages), 1), 0
+    for usage in usages:
+        faults += _segment_faults(store, usage.segment)
+        done += usage.used * usage.segment.itemsize
+        if on_progress is not None:
+            on_progress(done / total)
+    for digest in store.index.artifacts():
+        file = store.path / folder.ARTIFACTS / f"{digest}.safetensors"
+        try:
+            artifacts.load(file, digest)
+        except SteerError as error:
+            faults.append(Fault(file, str(error)))
+    return faults
+
+
+def _segment_faults(store: Store, segment: Segment) -> Iterator[Fault]:
+    for part, read in (("tensors", store.tensors), ("facts", store.facts)):
+        for page in store.index.placed(segment, part):
+            for entry in page:
+                try:
+                    store.settled_entry(entry, read)
+                except Damage as damage:
+                    yield _fault(store, entry, str(damage))
+    try:
+        if not _is_clean(store, segment):
+            # Perhaps it is what somebody writes at this moment; nobody does while one holds the lock.
+            with writing.writing(store) as writer:
+                still = any(usage.segment == segment for usage in writer.segments())
+                clean = not still or _is_clean(store, segment)
+            if not clean:
+                file = store.segments.folder / segment.file
+                yield Fault(file, f"{file}: holds bytes that belong to no state; `steer bank compact` drops them")
+    except SteerError as error:
+        yield Fault(store.segments.folder / segment.file, str(error))
+
+
+def _fault(store: Store, entry: Entry, message: str) -> Fault:
+    try:
+        user = store.facts(entry).user
+    except Damage:
+        user = None
+    where = store.path / folder.INDEX
+    with suppress(Damage):
+        where = store.segments.folder / store.index.segment(entry.segment or entry.facts_segment).file
+    return Fault(where, message, user or entry.user.hex(), entry.name)
+
+
+def _is_clean(store: Store, segment: Segment) -> bool:
+    """Whether everything is zero that is no state's. Raises Damage if that cannot be read."""
+    end = 0
+    for at, until in _runs(store.index.stretches(segment)):
+        if any(chunk.count(0) < len(chunk) for chunk in store.segments.chunks(segment, end, at)):
+            return False
+        end = until
+    return not store.segments.has_rest(segment, end)
+
+
+def _runs(stretches: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """First element and end of what is taken without a gap, given where each state begins and how long it is."""
+    start = end = 0
+    for at, length in stretches:
+        if at != end:
+            if end > start:
+                yield start, end
+            start = at
+        end = at + length
+    if end > start:
+        yield start, end
+
+
+def compact(store: Store, on_progress: Progress | None = None) -> Compaction:
+    """See `Bank.compact`."""
+    before = store.index.segments()
+    # A damaged segment is left as it is as long as anybody's state lies in it.
+    groups = list(_groups([usage for usage in before if not _live(usage) or store.segments.is_intact(usage.segment)]))
+    for done, group in enumerate(groups, start=1):
+        # A turn for each, so that others can write in between.
+        with writing.writing(store) as writer:
+            _pack(store, writer, group)
+        writing.settle(store)
+        if on_progress is not None:
+            on_progress(done / len(groups))
+    store.index.shrink()
+    after = store.index.segments()
+    return Compaction(len(before), len(after), _nbytes(before), _nbytes(after))
+
+
+def _groups(usages: Sequence[Usage]) -> Iterator[set[int]]:
+    """Numbers of segments that are to become one, or none; each group of one dtype."""
+    for dtype in sorted({usage.segment.dtype for usage in usages}):
+        group: list[Usage] = []
+        for usage in usages:
+            if usage.segment.dtype != dtype or (_waste(usage) < _WASTE and _nbytes([usage]) >= LARGEST // 2):
+                continue
+            if group and sum(map(_live, [*group, usage])) > LARGEST:
+                yield {one.segment.number for one in group}
+                group = []
+            group.append(usage)
+        if len(group) > 1 or any(_waste(usage) >= _WASTE for usage in group):
+            yield {one.segment.number for one in group}
+
+
+def _pack(store: Store, writer: Writer, numbers: set[int]) -> None:
+    """Copies what lives in some segments into a new one, which has no room for more, and retires them."""
+    sources = [usage.segment for usage in writer.segments() if usage.segment.number in numbers]
+    if not sources:
+        # Somebody else has done it.
+        return
+    runs = [(source, start, end) for source in sources for start, end in _runs(writer.stretches(source))]
+    if length := sum(end - start for _, start, end in runs):
+        target = writer.add_segment(folder.new_token(), sources[0].dtype, length)
+        store.segments.create(target)
+        to = 0
+        for source, start, end in runs:
+            store.segments.copy(source, start, end - start, target, to)
+            writer.move(source, start, end, target, to)
+            to += end - start
+        writer.use(target, length)
+        store.segments.sync(target)
+        store.segments.sync_folder()
+    writer.retire(sources)
+
+
+def _live(usage: Usage) -> int:
+    return (usage.used - usage.dead) * usage.segment.itemsize
+
+
+def _waste(usage: Usage) -> float:
+    return 1 - (usage.used - usage.dead) / max(usage.segment.capacity, 1)
+
+
+def _nbytes(usages: Sequence[Usage]) -> int:
+    return sum(usage.segment.offset(usage.segment.capacity) for usage in usages)
