@@ -396,6 +396,12 @@ class Writer:
         """Notes how much of a segment is taken."""
         self._db.execute("UPDATE segments SET used = ? WHERE id = ?", (used, segment.number))
 
+    def fill_up(self, segment: Segment) -> None:
+        """Notes that there is no more room in a segment."""
+        self._db.execute(
+            "UPDATE segments SET dead = dead + capacity - used, used = capacity WHERE id = ?", (segment.number,)
+        )
+
     def stretches(self, segment: Segment) -> list[tuple[int, int]]:
         """Like `Index.stretches`."""
         return _stretches(self._db, segment)

@@ -128,8 +128,8 @@ def recover(store: Store, writer: Writer) -> None:
         try:
             store.segments.erase_rest(usage.segment, usage.used)
         except Damage:
-            # Nobody appends to a damaged file.
-            writer.use(usage.segment, usage.segment.capacity)
+            # Nobody is to append to a damaged file.
+            writer.fill_up(usage.segment)
     segments = {usage.segment.number: usage.segment for usage in usages}
     for number, stretches in groupby(writer.erasures(), key=lambda stretch: stretch.segment):
         if number in segments:
