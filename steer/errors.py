@@ -7,6 +7,10 @@ class SteerError(ValueError):
     """Bad input or a forbidden use; the message says what was wrong and what to do."""
 
 
+class Damage(SteerError):
+    """What was stored cannot be read back, or not as it was."""
+
+
 class UnknownUser(SteerError, KeyError):
     """A user has no state in the bank."""
 

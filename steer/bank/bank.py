@@ -16,11 +16,10 @@ from steer.bank.facts import Facts
 from steer.bank.gather import Gatherer, Rows
 from steer.bank.index import Address, Entry, Kind, Writer
 from steer.bank.layout import Layout
-from steer.bank.segment import Damage
 from steer.bank.store import Store
 from steer.bank.upkeep import Compaction, Fault
 from steer.bank.writing import Packed
-from steer.errors import SteerError, UnknownUser
+from steer.errors import Damage, SteerError, UnknownUser
 from steer.state import Artifact, Provenance, UserState
 
 Key = tuple[str, str]

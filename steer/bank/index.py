@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from steer.bank.connection import Connection
 from steer.bank.layout import DTYPES, Layout
-from steer.bank.segment import FILE, Damage, Segment
-from steer.errors import SteerError
+from steer.bank.segment import FILE, Segment
+from steer.errors import Damage, SteerError
 from steer.state import Fingerprint
 
 # Rows of models, kinds and layouts stay for good, and the number of a segment is never given to another, so that what
@@ -87,6 +87,19 @@ class Stretch(NamedTuple):
     length: int
 
 
+def joined(stretches: Iterable[Stretch]) -> list[Stretch]:
+    """The same elements in as few stretches as possible, in order. Raises Damage if two of them overlap."""
+    runs: list[Stretch] = []
+    for number, at, length in sorted(stretches):
+        if not runs or runs[-1].segment != number or (end := runs[-1].at + runs[-1].length) < at:
+            runs.append(Stretch(number, at, length))
+        elif end == at:
+            runs[-1] = Stretch(number, runs[-1].at, runs[-1].length + length)
+        else:
+            raise Damage(f"damaged: by the bank's index, two states share element {at} of segment {number}")
+    return runs
+
+
 class Entry(NamedTuple):
     """A row of `entries`: of what kind a state is, where its tensors and its facts lie, and their CRC-32."""
 
@@ -112,6 +125,11 @@ class Entry(NamedTuple):
         return Stretch(self.facts_segment, self.facts_at, self.facts_length)
 
 
+_TYPES = {
+    (int, bytes, str, int, int, *place, int, int, int, int, int) for place in ((int, int), (type(None), type(None)))
+}
+
+
 @dataclass(frozen=True)
 class Kind:
     """What states have in common: name, method and its version, model, sites and artifact."""
@@ -128,6 +146,10 @@ class Kind:
         """CRC-32 of all of it."""
         model = None if self.model is None else self.model.to_json()
         return zlib.crc32(json.dumps([self.name, self.method, self.version, model, self.sites, self.artifact]).encode())
+
+
+# Where the two parts of a state lie: the columns of the segment, of the first element, and of how many there are.
+_PARTS = (("segment", "at", "layouts.tensors"), ("facts_segment", "facts_at", "facts_length"))
 
 
 @dataclass(frozen=True)
@@ -274,10 +296,10 @@ class Index:
         with self._reading() as db:
             return _entries(db.execute(query))
 
-    def stretches(self, segment: Segment) -> list[tuple[int, int]]:
-        """Where in a segment states lie: first element and number of elements of each, in order."""
+    def taken(self, segment: Segment) -> list[Stretch]:
+        """Where in a segment states lie, in order, as few stretches. Raises Damage if two of them overlap."""
         with self._reading() as db:
-            return _stretches(db, segment)
+            return _taken(db, segment)
 
     def faults(self) -> list[str]:
         """What SQLite finds wrong with the file."""
@@ -366,9 +388,27 @@ class Writer:
         """Removes entries."""
         self._db.executemany("DELETE FROM entries WHERE id = ?", [(entry.id,) for entry in entries])
 
+    def require_free(self, stretch: Stretch) -> None:
+        """Raises Damage if a state lies in a stretch, or half in it: it must not be overwritten."""
+        number, at, length = stretch
+        for column, place, size in _PARTS:
+            query = (
+                f"SELECT {place}, {size} FROM entries JOIN layouts ON layouts.id = layout "
+                f"WHERE {column} = ? AND {place} < ? ORDER BY {place} DESC LIMIT 1"
+            )
+            for begin, taken in self._db.execute(query, (number, at + length)):
+                if begin + _length(taken) > at:
+                    raise Damage(
+                        f"damaged: the bank's index says that a state begins at element {begin} of segment {number}, "
+                        f"where there should be none. `steer bank verify` tells more; merge what can be read into a "
+                        "new bank"
+                    )
+
     def discard(self, stretches: Iterable[Stretch]) -> None:
-        """Notes that nobody needs these stretches any more, and that they are to be erased."""
-        stretches = list(stretches)
+        """Notes that stretches are to be erased. Raises Damage if an entry refers to one."""
+        stretches = joined(stretches)
+        for stretch in stretches:
+            self.require_free(stretch)
         self._db.executemany("INSERT INTO erasures VALUES (?, ?, ?)", stretches)
         dead = [(stretch.length, stretch.segment) for stretch in stretches]
         self._db.executemany("UPDATE segments SET dead = dead + ? WHERE id = ?", dead)
@@ -402,19 +442,20 @@ class Writer:
             "UPDATE segments SET dead = dead + capacity - used, used = capacity WHERE id = ?", (segment.number,)
         )
 
-    def stretches(self, segment: Segment) -> list[tuple[int, int]]:
-        """Like `Index.stretches`."""
-        return _stretches(self._db, segment)
+    def taken(self, segment: Segment) -> list[Stretch]:
+        """Like `Index.taken`."""
+        return _taken(self._db, segment)
 
-    def move(self, source: Segment, start: int, end: int, target: Segment, to: int) -> None:
-        """Lets entries that lie between two elements of a segment refer to another one, from element `to` on."""
-        values = (target.number, to - start, source.number, start, end)
-        self._db.execute("UPDATE entries SET segment = ?, at = at + ? WHERE segment = ? AND at >= ? AND at < ?", values)
-        self._db.execute(
-            "UPDATE entries SET facts_segment = ?, facts_at = facts_at + ? "
-            "WHERE facts_segment = ? AND facts_at >= ? AND facts_at < ?",
-            values,
-        )
+    def move(self, stretch: Stretch, target: Segment, to: int) -> None:
+        """Lets entries that lie in a stretch refer to another segment, from element `to` on."""
+        source, at, length = stretch
+        values = (target.number, to - at, source, at, at + length)
+        for column, place, _ in _PARTS:
+            self._db.execute(
+                f"UPDATE entries SET {column} = ?, {place} = {place} + ? "
+                f"WHERE {column} = ? AND {place} >= ? AND {place} < ?",
+                values,
+            )
 
     def retire(self, segments: Iterable[Segment]) -> None:
         """Removes segments that no entry refers to any more; readers are told to let go of their files."""
@@ -468,12 +509,22 @@ def _find(db: sqlite3.Connection, name: str, users: Sequence[bytes]) -> list[Ent
 
 
 def _entries(rows: Iterable[tuple[Any, ...]]) -> list[Entry]:
-    return list(map(Entry._make, rows))
+    entries = list(map(Entry._make, rows))
+    for entry in entries:
+        # A damaged page may hold anything, and NULL where it is not allowed.
+        if tuple(map(type, entry)) not in _TYPES:
+            raise Damage("damaged: an entry of the bank's index makes no sense")
+    return entries
 
 
 def _usages(db: sqlite3.Connection) -> list[Usage]:
-    rows = db.execute(f"SELECT {_SEGMENT} FROM segments ORDER BY id")
-    return [Usage(_to_segment(*row), used, dead) for *row, used, dead in rows]
+    usages = []
+    for *row, used, dead in db.execute(f"SELECT {_SEGMENT} FROM segments ORDER BY id"):
+        segment = _to_segment(*row)
+        if not (type(used) is type(dead) is int and 0 <= dead <= used <= segment.capacity):
+            raise Damage(f"damaged: the bank's index says that of {segment.file} {used!r} elements are taken")
+        usages.append(Usage(segment, used, dead))
+    return usages
 
 
 def _to_model(text: str) -> Fingerprint:
@@ -485,23 +536,33 @@ def _to_model(text: str) -> Fingerprint:
 
 def _to_segment(number: int, file: str, dtype: str, capacity: int) -> Segment:
     # An index from elsewhere must not point out of the bank.
-    if not isinstance(file, str) or not FILE.fullmatch(file):
+    if type(number) is not int or not isinstance(file, str) or not FILE.fullmatch(file):
         raise Damage(f"damaged: the index of the bank refers to {file!r}, which is not the name of a segment")
     if dtype not in DTYPES or not isinstance(capacity, int) or capacity < 0:
         raise Damage(f"damaged: the index of the bank says that {file} has {capacity!r} elements of {dtype!r}")
     return Segment(number, file, dtype, capacity)
 
 
-def _stretches(db: sqlite3.Connection, segment: Segment) -> list[tuple[int, int]]:
-    layouts = {number: Layout.from_json(text).length for number, text in db.execute("SELECT id, tensors FROM layouts")}
+def _taken(db: sqlite3.Connection, segment: Segment) -> list[Stretch]:
+    lengths = {number: Layout.from_json(text).length for number, text in db.execute("SELECT id, tensors FROM layouts")}
     tensors = db.execute("SELECT at, layout FROM entries WHERE segment = ?", (segment.number,))
-    found = [(at, layouts[layout]) for at, layout in tensors]
-    found += db.execute("SELECT facts_at, facts_length FROM entries WHERE facts_segment = ?", (segment.number,))
-    return sorted(found)
+    facts = db.execute("SELECT facts_at, facts_length FROM entries WHERE facts_segment = ?", (segment.number,))
+    try:
+        stretches = [Stretch(segment.number, at, lengths[layout]) for at, layout in tensors]
+        return joined(stretches + [Stretch(segment.number, at, length) for at, length in facts])
+    except (KeyError, TypeError) as error:
+        raise Damage(f"damaged: the bank's index does not say what lies in {segment.file}") from error
+
+
+def _length(size: str | int) -> int:
+    return size if isinstance(size, int) else Layout.from_json(size).length
 
 
 def _erasures(db: sqlite3.Connection) -> list[Stretch]:
-    return [Stretch(*row) for row in db.execute("SELECT segment, at, length FROM erasures ORDER BY segment, at")]
+    found = [Stretch(*row) for row in db.execute("SELECT segment, at, length FROM erasures ORDER BY segment, at")]
+    if not all(type(number) is int and number >= 0 for stretch in found for number in stretch):
+        raise Damage("damaged: the bank's index does not say what is to be erased")
+    return found
 
 
 def _insert(db: sqlite3.Connection, statement: str, *values: str | int | None) -> int:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steer.errors import SteerError
+from steer.errors import Damage, SteerError
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -65,16 +65,19 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
-        """Raises ValueError for what is no layout."""
-        slots = tuple(Slot(name, dtype, tuple(shape)) for name, dtype, shape in json.loads(text))
-        if any(
-            not isinstance(slot.name, str)
-            or slot.dtype not in DTYPES
-            or not all(isinstance(size, int) and size >= 0 for size in slot.shape)
-            for slot in slots
-        ):
-            raise ValueError(f"{text!r} is not the layout of a state")
-        return cls(slots)
+        """Raises Damage for what is no layout."""
+        try:
+            slots = tuple(Slot(name, dtype, tuple(shape)) for name, dtype, shape in json.loads(text))
+            if all(
+                isinstance(slot.name, str)
+                and slot.dtype in DTYPES
+                and all(isinstance(size, int) and size >= 0 for size in slot.shape)
+                for slot in slots
+            ):
+                return cls(slots)
+        except (TypeError, ValueError):
+            pass
+        raise Damage(f"damaged: {text!r} is not the layout of a state")
 
     def to_json(self) -> str:
         return json.dumps(self.slots)

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 
 from steer.bank.layout import DTYPES
-from steer.errors import SteerError
+from steer.errors import Damage
 
 HEADER_BYTES = 4096
 SMALLEST, LARGEST = 64 << 10, 128 << 20
@@ -47,10 +47,6 @@ _CODES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-
-
-class Damage(SteerError):
-    """What the index refers to cannot be read."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from steer.bank.facts import Facts
 from steer.bank.folder import Manifest
 from steer.bank.index import Address, Entry, Index, Kind, Stretch
 from steer.bank.layout import Layout
-from steer.bank.segment import Damage, Segments
+from steer.bank.segment import Segments
+from steer.errors import Damage
 from steer.state import UserState
 
 Found = TypeVar("Found")

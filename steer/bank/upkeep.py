@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from steer.bank import artifacts, folder, writing
 from steer.bank.index import Entry, Usage, Writer
-from steer.bank.segment import LARGEST, Damage, Segment
+from steer.bank.segment import LARGEST, Segment
 from steer.bank.store import Store
-from steer.errors import SteerError
+from steer.errors import Damage, SteerError
 
 Progress = Callable[[float], None]
 
@@ -110,28 +110,20 @@ def _fault(store: Store, entry: Entry, message: str) -> Fault:
 def _is_clean(store: Store, segment: Segment) -> bool:
     """Whether everything is zero that is no state's. Raises Damage if that cannot be read."""
     end = 0
-    for at, until in _runs(store.index.stretches(segment)):
+    for _, at, length in store.index.taken(segment):
         if any(chunk.count(0) < len(chunk) for chunk in store.segments.chunks(segment, end, at)):
             return False
-        end = until
-    return not store.segments.has_rest(segment, end)
-
-
-def _runs(stretches: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """First element and end of what is taken without a gap, given where each state begins and how long it is."""
-    start = end = 0
-    for at, length in stretches:
-        if at != end:
-            if end > start:
-                yield start, end
-            start = at
         end = at + length
-    if end > start:
-        yield start, end
+    return not store.segments.has_rest(segment, end)
 
 
 def compact(store: Store, on_progress: Progress | None = None) -> Compaction:
     """See `Bank.compact`."""
+    if faults := store.index.faults():
+        raise SteerError(
+            f"{store.path / folder.INDEX}: damaged ({faults[0]}), so that states could be lost. Merge what can be read "
+            "into a new bank"
+        )
     before = store.index.segments()
     # A damaged segment is left as it is as long as anybody's state lies in it.
     groups = list(_groups([usage for usage in before if not _live(usage) or store.segments.is_intact(usage.segment)]))
@@ -168,16 +160,16 @@ def _pack(store: Store, writer: Writer, numbers: set[int]) -> None:
     if not sources:
         # Somebody else has done it.
         return
-    runs = [(source, start, end) for source in sources for start, end in _runs(writer.stretches(source))]
-    if length := sum(end - start for _, start, end in runs):
-        target = writer.add_segment(folder.new_token(), sources[0].dtype, length)
+    taken = [(source, stretch) for source in sources for stretch in writer.taken(source)]
+    if total := sum(stretch.length for _, stretch in taken):
+        target = writer.add_segment(folder.new_token(), sources[0].dtype, total)
         store.segments.create(target)
         to = 0
-        for source, start, end in runs:
-            store.segments.copy(source, start, end - start, target, to)
-            writer.move(source, start, end, target, to)
-            to += end - start
-        writer.use(target, length)
+        for source, stretch in taken:
+            store.segments.copy(source, stretch.at, stretch.length, target, to)
+            writer.move(stretch, target, to)
+            to += stretch.length
+        writer.use(target, total)
         store.segments.sync(target)
         store.segments.sync_folder()
     writer.retire(sources)

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from steer.bank import folder
-from steer.bank.index import Address, Entry, Kind, Usage, Writer
+from steer.bank.index import Address, Entry, Kind, Stretch, Usage, Writer
 from steer.bank.layout import BYTES, DTYPES, Layout
-from steer.bank.segment import FILE, LARGEST, SMALLEST, Damage, Segment
+from steer.bank.segment import FILE, LARGEST, SMALLEST, Segment
 from steer.bank.store import Store, facts_checksum, tensors_checksum
-from steer.errors import SteerError
+from steer.errors import Damage, SteerError
 
 _DRAFT = re.compile(r"\..*\.tmp")
 
@@ -59,8 +59,8 @@ def put(store: Store, states: Sequence[Packed]) -> None:
             facts = (facts_segment, facts_at, len(state.facts), facts_checksum(state.address, zlib.crc32(state.facts)))
             rows.append((*state.address, number, writer.layout(state.layout), segment, at, checksum, *facts))
         room.write()
-        writer.discard(store.stretches(replaced))
         writer.put(rows)
+        writer.discard(store.stretches(replaced))
     if replaced:
         settle(store)
 
@@ -73,8 +73,8 @@ def delete(store: Store, choose: Callable[[Writer], Sequence[Entry]]) -> int:
     """
     with writing(store) as writer:
         entries = choose(writer)
-        writer.discard(store.stretches(entries))
         writer.remove(entries)
+        writer.discard(store.stretches(entries))
     if entries:
         settle(store)
     return len(entries)
@@ -125,13 +125,17 @@ def recover(store: Store, writer: Writer) -> None:
     for path in list(_remains(store, usages)):
         path.unlink(missing_ok=True)
     for usage in latest(usages).values():
+        writer.require_free(Stretch(usage.segment.number, usage.used, usage.segment.capacity - usage.used))
         try:
             store.segments.erase_rest(usage.segment, usage.used)
         except Damage:
             # Nobody is to append to a damaged file.
             writer.fill_up(usage.segment)
     segments = {usage.segment.number: usage.segment for usage in usages}
-    for number, stretches in groupby(writer.erasures(), key=lambda stretch: stretch.segment):
+    pending = writer.erasures()
+    for stretch in pending:
+        writer.require_free(stretch)
+    for number, stretches in groupby(pending, key=lambda stretch: stretch.segment):
         if number in segments:
             store.segments.erase(segments[number], [(at, length) for _, at, length in stretches])
     writer.erased()

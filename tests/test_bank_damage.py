@@ -1,0 +1,160 @@
+"""Files of a bank are damaged at random: what is read is right, or there is one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from steer.bank import Bank
+from steer.errors import SteerError
+from steer.state import Artifact, Fingerprint, Provenance, UserState
+
+FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None
+MODEL = Fingerprint("tiny", '{"hidden_size": 4}', tuple(range(256)))
+ARTIFACT = Artifact("style", 1, MODEL, {"population": torch.ones(16)})
+KEYS = [(f"user-{number}", name) for number in range(40) for name in ("style", "memory")]
+
+
+def state(number: int, name: str) -> UserState:
+    source = Provenance(
+        "style", 1, MODEL, ("resid_post[2]",) if name == "style" else ("resid_mid[1]",),
+        ARTIFACT.hash, (f"r{number}",), {"number": number}, {"norm": 2.5},
+    )  # fmt: skip
+    return UserState(source, {"v": torch.full((16 + number % 3,), float(number))}, {"text": f"I am {number}."})
+
+
+def expected(key: tuple[str, str]) -> UserState:
+    user, name = key
+    return state(int(user.partition("-")[2]) + (100 if name == "memory" else 0), name)
+
+
+def is_same(found: UserState, wanted: UserState) -> bool:
+    return (
+        found.provenance == wanted.provenance
+        and found.data == wanted.data
+        and found.tensors.keys() == wanted.tensors.keys()
+        and all(torch.equal(found.tensors[name], tensor) for name, tensor in wanted.tensors.items())
+    )
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
+        path = Path(folder) / "people.bank"
+        with Bank(path) as bank:
+            bank.put_artifact(ARTIFACT)
+            for start in range(0, len(KEYS), 20):
+                bank.update({key: expected(key) for key in KEYS[start : start + 20]})
+            assert bank.verify() == []
+        yield path
+
+
+def damaged(whole: Path, target: Path, file: str, how: str, where: float, seed: int) -> None:
+    shutil.copytree(whole, target)
+    (path,) = target.glob(file)
+    content, chance = bytearray(path.read_bytes()), random.Random(seed)
+    # Most of a segment is not used; aim at what is.
+    used = len(content.rstrip(b"\0")) + 64
+    at = min(int(where * used), len(content) - 1)
+    if how == "bit":
+        content[at] ^= 1 << chance.randrange(8)
+    elif how == "byte":
+        content[at] = chance.choice([0, 1, 127, 128, 255])
+    elif how == "stretch":
+        end = min(at + chance.randrange(1, 200), len(content))
+        content[at:end] = chance.randbytes(end - at)
+    elif how == "page":
+        start = at // 4096 * 4096
+        content[start : start + 4096] = chance.randbytes(min(4096, len(content) - start))
+    elif how == "swap":
+        # Two pages in each other's place, each of them sound.
+        one, other = sorted(chance.randrange(-(-len(content) // 4096)) * 4096 for _ in range(2))
+        content[one : one + 4096], content[other : other + 4096] = content[other : other + 4096], content[one : one + 4096]
+    else:
+        del content[at:]
+    path.write_bytes(content)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    file=st.sampled_from(
+        ["index.sqlite"] * 4 + [f"segments/0000000{n}-*" for n in (1, 2)] * 2 + ["manifest.json", "artifacts/*"]
+    ),
+    how=st.sampled_from(["bit", "byte", "stretch", "page", "swap", "cut"]),
+    where=st.floats(0, 1),
+    seed=st.integers(0, 10**6),
+)
+def test_damage_is_an_error_and_never_somebody_elses_state(
+    whole: Path, file: str, how: str, where: float, seed: int
+) -> None:
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
+        target = Path(folder) / "people.bank"
+        damaged(whole, target, file, how, where, seed)
+        try:
+            bank = Bank(target, create=False)
+        except SteerError:
+            return
+        wrong = 0
+        for key in KEYS:
+            try:
+                assert is_same(bank[key], expected(key))
+            except SteerError:
+                wrong += 1
+        for name in ("style", "memory"):
+            try:
+                rows = bank.gatherer(name)([KEYS[0][0], KEYS[6][0], None])
+            except SteerError:
+                continue
+            for row, number in ((0, 0), (1, 3)):
+                if rows.found[row]:
+                    wanted = expected((f"user-{number}", name)).tensors["v"]
+                    assert torch.equal(rows.tensors["v"][row], wanted)
+        for ask in (list, len, Bank.users, Bank.templates, lambda bank: list(bank.rows())):
+            try:
+                ask(bank)
+            except SteerError:
+                wrong += 1
+        try:
+            assert bank.artifact(ARTIFACT.hash).hash == ARTIFACT.hash
+        except SteerError:
+            wrong += 1
+        try:
+            faults = bank.verify()
+        except SteerError:
+            return
+        assert faults or not wrong
+        readable = [key for key in KEYS if _reads(bank, key)]
+        for change in (
+            lambda: bank.update({("new", "style"): state(7, "style"), KEYS[0]: expected(KEYS[0])}),
+            lambda: bank.delete([KEYS[5]]),
+            lambda: bank.compact(),
+        ):
+            with suppress(SteerError):
+                change()
+        # Whatever could be changed, the rest is as it was.
+        for key in readable:
+            if key != KEYS[5]:
+                assert _reads(bank, key), key
+        bank.close()
+
+
+def _reads(bank: Bank, key: tuple[str, str]) -> bool:
+    try:
+        found = bank[key]
+    except SteerError:
+        return False
+    assert is_same(found, expected(key))
+    return True
