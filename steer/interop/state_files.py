@@ -50,16 +50,18 @@ def write(path: str | Path, state: UserState) -> None:
     """
     path, source = Path(path), state.provenance
     try:
-        described = json.dumps({"version": VERSION, "provenance": source.to_json(), "data": dict(state.data)})
-    except (TypeError, ValueError) as error:
+        content = {"version": VERSION, "provenance": source.to_json(), "data": dict(state.data)}
+        _require_text_keys(content)
+        described = json.dumps(content, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise SteerError(f"{path}: this {source.method} state holds more than tensors and JSON ({error})") from None
-    # Clones, as safetensors refuses tensors that share storage and would have to save a view's base.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.tensors.items()}
     with draft(path) as unfinished:
         try:
+            # Clones, as safetensors refuses tensors that share storage and would have to save a view's base.
+            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.tensors.items()}
             save_file(tensors, unfinished, {_KEY: described})
         except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
-            raise SteerError(f"{path}: this {source.method} state cannot be stored ({error})") from None
+            raise SteerError(f"{path}: this {source.method} state has a tensor that is not stored ({error})") from None
 
 
 def read(path: Path) -> UserState | dict[str, Tensor]:
@@ -99,6 +101,17 @@ def draft(path: Path) -> Iterator[Path]:
         raise SteerError(f"{path}: could not be written ({error.strerror or error})") from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _require_text_keys(value: Any) -> None:
+    # json.dumps would turn the key 18 into "18" without a word.
+    if isinstance(value, Mapping):
+        if numbers := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"the key {numbers[0]!r} is not text")
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            _require_text_keys(inner)
 
 
 def _state(path: Path, described: str, tensors: Mapping[str, Tensor]) -> UserState:

@@ -9,8 +9,8 @@
 | the same, `post_attention_layernorm` | to the output of that norm | `attn_out[N]` in Gemma 2, Gemma 3 and OLMo 2 |
 
 Both packages count layers from 0 and add at all tokens. steering-vectors goes by the modules of the model, and our
-sites by what is added to the residual stream; these are the same tensor unless a norm comes between. In Gemma 2, Gemma 3
-and OLMo 2 norms do come between: there `self_attn` and `mlp` have no site, and the site `attn_out` is the output of
+sites by what is added to the residual stream; these are the same tensor unless a norm comes between. In Gemma 2 and 3
+and in OLMo 2 norms do come between: there `self_attn` and `mlp` have no site, and the site `attn_out` is the output of
 `post_attention_layernorm`, which elsewhere is read by the feed-forward alone. `input_layernorm` has a site nowhere. So
 for all but decoder blocks the model must be known.
 
