@@ -71,7 +71,7 @@ def read(
     path = Path(path)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise SteerError(f"{path}: this ending is not known; vector files end in {', '.join(_READERS)}")
+        raise SteerError(f"{path}: this ending is not known; vector files end in {', '.join(ENDINGS)}")
     if not path.is_file():
         raise SteerError(f"{path}: there is no such file")
     try:
@@ -255,6 +255,7 @@ _READERS: dict[str, Callable[[Path, Sequence[int] | None], UserState]] = {
     ".safetensors": _read_safetensors,
     ".pt": _read_pt,
 }
+ENDINGS = tuple(_READERS)
 
 
 def _gguf() -> Any:
