@@ -477,6 +477,7 @@ class TestSafetensors:
 
     def test_a_state_of_another_model_is_refused(self, llama: steer.FrozenLM, tmp_path: Path) -> None:
         state_files.write(tmp_path / "x.safetensors", steer.GivenVector().state(vectors(1), lm=llama))
+        assert vector_files.read(tmp_path / "x.safetensors", layers=[1]).provenance.model == llama.fingerprint
         with (
             steer.wrap(tiny("llama", seed=1)) as other,
             pytest.raises(steer.SteerError, match=r"x.safetensors: the state was read from llama.*this model is llama"),
