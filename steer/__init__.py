@@ -14,7 +14,18 @@ from steer.errors import SteerError, UnknownUser
 from steer.history import History, Record, read_histories
 from steer.inject import Condition, LowRankEdit, MemoryEdit, PrefixEdit, ProjectionEdit, ResidualEdit, StreamEdit
 from steer.method import Method, make_method
-from steer.methods import CAA, CoS, NaturalGradient, PerFit, PrefixTuning, RepEPCA, StyleVector, TrainedVector, UserLLM
+from steer.methods import (
+    CAA,
+    CoS,
+    GivenVector,
+    NaturalGradient,
+    PerFit,
+    PrefixTuning,
+    RepEPCA,
+    StyleVector,
+    TrainedVector,
+    UserLLM,
+)
 from steer.model import FrozenLM, load, uncompile, wrap
 from steer.pairs import Pair, read_pairs
 from steer.read import read
@@ -33,6 +44,7 @@ __all__ = [
     "CoS",
     "Condition",
     "FrozenLM",
+    "GivenVector",
     "History",
     "LowRankEdit",
     "MemoryEdit",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from steer.history import History
     from steer.inject import Edit
     from steer.model import FrozenLM
-    from steer.state import Artifact, UserState
+    from steer.state import Artifact, Provenance, UserState
 
 
 class Method(ABC):
@@ -84,6 +84,11 @@ class Method(ABC):
             if on_progress is not None:
                 on_progress(done / len(histories))
         return states
+
+    @classmethod
+    def fits(cls, lm: FrozenLM, provenance: Provenance) -> bool:
+        """Whether states from there are for this model; a bank may hold those of several."""
+        return provenance.model in (None, lm.fingerprint)
 
     @classmethod
     @abstractmethod

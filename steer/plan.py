@@ -150,7 +150,7 @@ def _usable(lm: FrozenLM, bank: Bank, provenance: Provenance) -> bool:
     return (
         method is not None
         and method.version == provenance.version
-        and provenance.model in (None, lm.fingerprint)
+        and method.fits(lm, provenance)
         and (provenance.artifact is None or bank.has_artifact(provenance.artifact))
     )
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from steer.cli import options
+from steer.cli import bank_files, options
 
 bank = typer.Typer(help="List and show the states in a bank.", no_args_is_help=True)
 
@@ -94,3 +94,7 @@ def _describe(state: Any) -> dict[str, Any]:
         "data": dict(state.data),
         "records": list(source.records),
     }
+
+
+bank.command("import")(bank_files.import_)
+bank.command("export")(bank_files.export)

@@ -2,6 +2,7 @@
 
 from steer.methods.caa import CAA
 from steer.methods.cos import CoS
+from steer.methods.given_vector import GivenVector
 from steer.methods.natural_gradient import NaturalGradient
 from steer.methods.perfit import PerFit
 from steer.methods.prefix_tuning import PrefixTuning
@@ -13,6 +14,7 @@ from steer.methods.user_llm import UserLLM
 __all__ = [
     "CAA",
     "CoS",
+    "GivenVector",
     "NaturalGradient",
     "PerFit",
     "PrefixTuning",

@@ -184,8 +184,8 @@ def vector_edits(states: Sequence[UserState | None], like: UserState, artifact: 
     """One residual edit for each site of the states; rows of None get zeros.
 
     Args:
-        states: each holds a vector `[d]` under each of its sites' names, the reference norms in its calibration, and
-            `positions` in its settings.
+        states: each holds a vector `[d]` under each of its sites' names, `positions` in its settings, and the reference
+            norms in its calibration if they are known; a batch in which one has none can be given no dose.
         like: a state of the same kind.
         artifact: holds vectors that are added to those of every row that has a state.
     """
@@ -195,14 +195,16 @@ def vector_edits(states: Sequence[UserState | None], like: UserState, artifact: 
 def _edit(site: str, states: Sequence[UserState | None], like: UserState, artifact: Artifact | None) -> ResidualEdit:
     zero = torch.zeros(like.tensors[site].shape[-1])
     common = zero if artifact is None else artifact.tensors[site].float()
-    norms = [
-        float("nan") if state is None else state.provenance.calibration["reference_norm"][site] for state in states
+    references = [
+        {site: float("nan")} if state is None else state.provenance.calibration.get("reference_norm", {})
+        for state in states
     ]
+    known = all(site in norms for norms in references)
     return ResidualEdit(
         site=Site.parse(site),
         vectors=torch.stack([zero if state is None else state.tensors[site].float() + common for state in states]),
         positions=like.provenance.settings["positions"],
-        reference_norms=torch.tensor(norms),
+        reference_norms=torch.tensor([norms[site] for norms in references]) if known else None,
     )
 
 
