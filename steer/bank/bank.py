@@ -244,6 +244,7 @@ class Bank:
         *,
         conflict: Literal["error", "keep", "replace"] = "error",
         on_progress: Progress | None = None,
+        on_damage: Callable[[Damage], None] | None = None,
     ) -> int:
         """Copies the states and artifacts of another bank; returns how many states.
 
@@ -253,6 +254,7 @@ class Bank:
             other: stays as it is.
             conflict: what to do where both have a state: nothing at all and raise, "keep" one's own, or "replace" it.
             on_progress: told what share of the states is done.
+            on_damage: told of each state that is left out because it cannot be read; None to raise instead.
 
         Raises:
             SteerError: there are conflicts; a state is damaged; or only hashes of the other's users are known, and this
@@ -265,23 +267,42 @@ class Bank:
                 f"{other.path}: keeps only hashes of user ids, so it can be merged only into a hashed bank with the "
                 "same salt, such as a copy of it"
             )
-        if conflict == "error":
-            for page in other._pages():
-                if both := self._store.index.find(self._address(key) for key in page):
-                    key = next(key for key in page if self._address(key) in both)
-                    raise SteerError(f"both banks have a state {key[1]!r} of {key[0]!r}; keep or replace those of this")
+        if conflict == "error" and len(self):
+            self._require_apart(other)
         for digest in other._store.index.artifacts():
             if other.has_artifact(digest):
                 self.put_artifact(other.artifact(digest))
-        copied, total = 0, max(len(other), 1)
-        for done, page in enumerate(other._pages(), start=1):
-            own = self._store.index.find(map(self._address, page)) if conflict == "keep" else {}
-            states = other._load([key for key in page if self._address(key) not in own])
-            self.update({key: state for key, state in states.items() if state is not None})
-            copied += len(states)
+        copied, done, total = 0, 0, max(len(other), 1)
+        states = other._states(on_damage)
+        while page := dict(itertools.islice(states, _TOGETHER)):
+            done += len(page)
+            if conflict == "keep":
+                own = self._store.index.find(map(self._address, page))
+                page = {key: state for key, state in page.items() if self._address(key) not in own}
+            self.update(page)
+            copied += len(page)
             if on_progress is not None:
-                on_progress(min(done * _TOGETHER / total, 1.0))
+                on_progress(min(done / total, 1.0))
         return copied
+
+    def copy(
+        self,
+        path: str | Path,
+        *,
+        on_progress: Progress | None = None,
+        on_damage: Callable[[Damage], None] | None = None,
+    ) -> Bank:
+        """A copy of the bank, packed, at a place where nothing is; it is there when everything is in it.
+
+        It has the salt of this one, so that hashes mean the same users in both. The rest is as for `merge`.
+        """
+        target, manifest = Path(path).resolve(), self._store.manifest
+        with folder.draft_of(target) as draft:
+            folder.open_or_create(draft, create=True, hashed=manifest.hashed, salt=manifest.salt)
+            with Bank(draft) as bank:
+                bank.merge(self, on_progress=on_progress, on_damage=on_damage)
+                bank.compact()
+        return Bank(target, create=False)
 
     # Upkeep.
 
@@ -400,11 +421,35 @@ class Bank:
                 f"{self.path}` lists them"
             )
 
-    def _pages(self) -> Iterator[list[Key]]:
-        """All keys, some thousand at a time."""
-        keys = iter(self)
+    def _states(self, on_damage: Callable[[Damage], None] | None) -> Iterator[tuple[Key, UserState]]:
+        """All keys and states, in order; read entry by entry, so also where looking them up by key would fail."""
+
+        def read(entry: Entry) -> tuple[Key, UserState]:
+            facts = self._store.facts(entry)
+            return (self._user(entry, facts), entry.name), self._store.described(entry, facts)
+
+        for page in self._store.index.pages():
+            for entry in page:
+                try:
+                    found = self._store.settled_entry(entry, read)
+                except Damage as damage:
+                    if on_damage is None:
+                        raise
+                    on_damage(damage)
+                else:
+                    if found is not None:
+                        yield found
+
+    def _require_apart(self, other: Bank) -> None:
+        keys = iter(other)
         while page := list(itertools.islice(keys, _TOGETHER)):
-            yield page
+            own = self._store.index.find(map(self._address, page))
+            for user, name in page:
+                if self._address((user, name)) in own:
+                    raise SteerError(
+                        f"both banks have a state {name!r} of {user!r}; say with conflict whether to keep this bank's, "
+                        "or to replace it by the other's"
+                    )
 
     def _template(self, entries: Sequence[Entry]) -> tuple[str, Provenance, dict[str, tuple[int, ...]]]:
         damage = None

@@ -13,7 +13,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -106,6 +107,29 @@ def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         draft.unlink(missing_ok=True)
 
 
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A folder to fill beside a place, which becomes that place when all has gone well, and else is removed.
+
+    Raises:
+        SteerError: there is something at the place, or it cannot be written to.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise SteerError(f"{path}: exists already; give a place where nothing is")
+    draft = path.with_name(_draft_name(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        for written in (*draft.rglob("*"), draft):
+            _sync(written)
+        os.rename(draft, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise SteerError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
 def new_token() -> str:
     """Eight random hexadecimal digits, so that writers who cannot see each other choose different names."""
     return secrets.token_hex(4)
@@ -113,23 +137,16 @@ def new_token() -> str:
 
 def _create(path: Path, manifest: Manifest) -> None:
     # Built beside its place and renamed into it: nobody, and no crash, meets half a bank.
-    draft = path.with_name(_draft_name(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (draft, draft / SEGMENTS, draft / ARTIFACTS):
-            folder.mkdir()
-        (draft / MANIFEST).write_text(json.dumps(_described(manifest), indent=2) + "\n", encoding="utf-8")
-        Index.create(draft / INDEX, manifest.salt_check)
-        for written in (draft / MANIFEST, draft / INDEX, draft):
-            _sync(written)
-        os.rename(draft, path)
-        _sync(path.parent)
-    except OSError as error:
+        with draft_of(path) as draft:
+            for folder in (draft, draft / SEGMENTS, draft / ARTIFACTS):
+                folder.mkdir()
+            (draft / MANIFEST).write_text(json.dumps(_described(manifest), indent=2) + "\n", encoding="utf-8")
+            Index.create(draft / INDEX, manifest.salt_check)
+    except SteerError:
         # Another process may have created the same bank in the meantime; that one is as good.
         if not (path / MANIFEST).is_file():
-            raise SteerError(f"{path}: cannot create a bank here ({error.strerror})") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            raise
 
 
 def read_manifest(path: Path, version: int = VERSION) -> Manifest:

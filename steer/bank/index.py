@@ -303,8 +303,11 @@ class Index:
 
     def faults(self) -> list[str]:
         """What SQLite finds wrong with the file."""
-        with self._reading() as db:
-            found = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
+        try:
+            with self._reading() as db:
+                found = [str(row[0]) for row in db.execute("PRAGMA integrity_check")]
+        except SteerError as error:
+            return [str(error)]
         return [] if found == ["ok"] else found
 
     def shrink(self) -> None:

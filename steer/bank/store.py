@@ -70,7 +70,10 @@ class Store:
 
     def state(self, entry: Entry) -> UserState:
         """A state. Raises Damage if it cannot be read, as the methods below do."""
-        facts = self.facts(entry)
+        return self.described(entry, self.facts(entry))
+
+    def described(self, entry: Entry, facts: Facts) -> UserState:
+        """A state whose facts have been read."""
         return UserState(facts.provenance(self.index.kind(entry.kind)), self.tensors(entry), facts.data)
 
     def tensors(self, entry: Entry) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from steer.bank import artifacts, folder, writing
@@ -56,23 +57,39 @@ class Compaction:
 
 def verify(store: Store, on_progress: Progress | None = None) -> list[Fault]:
     """See `Bank.verify`."""
-    index_file = store.path / folder.INDEX
-    faults = [Fault(index_file, f"{index_file}: {found}") for found in store.index.faults()]
-    faults += [_fault(store, entry, "its segment is not in the index") for entry in store.index.unplaced()]
+    file = store.path / folder.INDEX
+    faults = [Fault(file, f"{file}: {found}") for found in store.index.faults()]
+    for check in (_index_faults, partial(_all_segment_faults, on_progress=on_progress), _artifact_faults):
+        try:
+            faults.extend(check(store))
+        except SteerError as error:
+            # An index too damaged to be asked.
+            faults.append(Fault(file, str(error)))
+    return faults
+
+
+def _index_faults(store: Store) -> Iterator[Fault]:
+    for entry in store.index.unplaced():
+        yield _fault(store, entry, "its segment is not in the index")
+
+
+def _all_segment_faults(store: Store, on_progress: Progress | None) -> Iterator[Fault]:
     usages = store.index.segments()
     total, done = max(sum(usage.used * usage.segment.itemsize for usage in usages), 1), 0
     for usage in usages:
-        faults += _segment_faults(store, usage.segment)
+        yield from _segment_faults(store, usage.segment)
         done += usage.used * usage.segment.itemsize
         if on_progress is not None:
             on_progress(done / total)
+
+
+def _artifact_faults(store: Store) -> Iterator[Fault]:
     for digest in store.index.artifacts():
         file = store.path / folder.ARTIFACTS / f"{digest}.safetensors"
         try:
             artifacts.load(file, digest)
         except SteerError as error:
-            faults.append(Fault(file, str(error)))
-    return faults
+            yield Fault(file, str(error))
 
 
 def _segment_faults(store: Store, segment: Segment) -> Iterator[Fault]:
