@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
 import shutil
 import sqlite3
+import struct
+import subprocess
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +19,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from steer.bank import Bank
 from steer.errors import SteerError
@@ -183,3 +190,165 @@ def test_what_is_sound_is_saved_into_a_new_bank(whole: Path, file: str) -> None:
         lost = set(KEYS) - set(saved)
         assert len(lost) == len(damages) == (0 if file == "index.sqlite" else 1)
         assert all(_reads(saved, key) for key in set(KEYS) - lost)
+
+
+# Where one may not write, and where there is no room
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Does something in a process of its own; its exception is a failure here."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_read_only_bank_can_be_read(whole: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
+        target = Path(folder) / "people.bank"
+        shutil.copytree(whole, target)
+        Path(folder).chmod(0o755)
+
+        def work() -> None:
+            if os.getuid() == 0:
+                # Root may write anywhere.
+                os.setuid(65534)
+            else:
+                for path in (target, *target.rglob("*")):
+                    path.chmod(0o555 if path.is_dir() else 0o444)
+            bank = Bank(target)
+            assert all(_reads(bank, key) for key in KEYS)
+            assert bank.gatherer("style")([KEYS[0][0]]).found.all()
+            assert bank.verify() == []
+            for change in (
+                lambda: bank.update({("new", "style"): state(1, "style")}),
+                lambda: bank.delete([KEYS[0]]),
+                lambda: bank.forget([KEYS[0][0]]),
+                lambda: bank.compact(),
+                lambda: bank.put_artifact(Artifact("style", 1, MODEL, {"population": torch.zeros(16)})),
+            ):
+                with pytest.raises(SteerError, match=r"readonly|[Pp]ermission denied"):
+                    change()
+            assert all(_reads(bank, key) for key in KEYS)
+            with pytest.raises(SteerError, match="cannot be written"):
+                Bank(Path(folder) / "new.bank")
+
+        before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+        in_child(work)
+        assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+        for path in (target, *target.rglob("*")):
+            path.chmod(0o755)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_full_disk_costs_nothing(whole: Path) -> None:
+    """Files may not grow beyond a limit in the process that writes, so that every write fails at some point."""
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
+        target = Path(folder) / "people.bank"
+        shutil.copytree(whole, target)
+        secret = "a text that is not to stay"
+
+        def work() -> None:
+            bank = Bank(target)
+            failures = 0
+            for kilobytes in range(8, 400, 8):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, resource.RLIM_INFINITY))
+                many = {(f"new-{number}", "style"): state(number, "style") for number in range(60)}
+                text = UserState(Provenance("cos", 1), data={"context": secret})
+                long = UserState(Provenance("m", 1), {"v": torch.ones(20_000)})
+                told = ""
+                try:
+                    bank.update(many | {("new", "text"): text, ("new", "long"): long})
+                except SteerError as error:
+                    told = str(error)
+                failures += bool(told)
+                assert told == "" or "could not be written to" in told or "the index of the bank cannot be used" in told
+                assert (("new", "text") in bank) == (told == "")
+                if not told:
+                    bank.delete([("new", "text"), ("new", "long"), *many])
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                assert all(_reads(bank, key) for key in KEYS)
+                bank["other", "style"] = state(5, "style")
+                assert not any(secret.encode() in path.read_bytes() for path in target.rglob("*") if path.is_file())
+            assert failures > 5
+            assert bank.verify() == []
+
+        in_child(work)
+
+
+def test_a_full_file_system_costs_nothing(whole: Path) -> None:
+    """A file system of one megabyte, for those who may mount one."""
+    with tempfile.TemporaryDirectory() as folder:
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
+        )
+        if mounted.returncode:
+            pytest.skip("only root can mount a file system")
+        try:
+            target, other = Path(folder) / "people.bank", Path(folder) / "other"
+            shutil.copytree(whole, target)
+            other.write_bytes(bytes(200_000))
+            bank = Bank(target)
+            stored = 0
+
+            def fill() -> None:
+                nonlocal stored
+                for stored in range(1000):
+                    bank[f"new-{stored}", "style"] = UserState(Provenance("m", 1), {"v": torch.full((2000,), 1.0)})
+
+            with pytest.raises(SteerError, match=r"No space left|disk is full"):
+                fill()
+            assert stored > 20
+            assert all(_reads(bank, key) for key in KEYS)
+            assert [(f"new-{number}", "style") in bank for number in (0, stored - 1, stored)] == [True, True, False]
+            # Some room is needed to begin with.
+            other.unlink()
+            bank.forget(f"new-{number}" for number in range(stored))
+            bank.compact()
+            assert bank.verify() == []
+            bank["new-0", "style"] = UserState(Provenance("m", 1), {"v": torch.full((2000,), 1.0)})
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 0),
+        struct.pack("<Q", 4088) + b"[" * 4088,
+        struct.pack("<Q", 4088) + b'{"values":{"dtype":"F32","shape":[99999999999],"data_offsets":[0,399999999996]}}',
+        struct.pack("<Q", 4088) + b'{"values":{"dtype":"F32","shape":[-1],"data_offsets":[0,-4]}}',
+        struct.pack("<Q", 4088) + b'{"values":{"dtype":"F32","shape":[4],"data_offsets":[16,0]}}',
+    ],
+)
+def test_a_hostile_header_is_never_parsed(whole: Path, header: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
+        target = Path(folder) / "people.bank"
+        shutil.copytree(whole, target)
+        for path in (target / "segments").iterdir():
+            content = path.read_bytes()
+            path.write_bytes(header.ljust(4096)[:4096] + content[4096:])
+        bank = Bank(target)
+        for key in KEYS:
+            with pytest.raises(SteerError, match="its header is not that of a segment"):
+                bank[key]
+        faults = bank.verify()
+        assert len({fault.file for fault in faults}) == len(list((target / "segments").iterdir()))
+
+
+def test_segments_are_safetensors_files(whole: Path) -> None:
+    """The library itself reads what we write, header and all."""
+    values = torch.cat([load_file(path)["values"].float() for path in (whole / "segments").iterdir()])
+    for key in KEYS:
+        assert torch.isin(expected(key).tensors["v"], values).all()
+    with safe_open(next((whole / "segments").iterdir()), "pt") as opened:
+        assert opened.metadata() == {"format": "steer-bank"}

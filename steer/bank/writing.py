@@ -138,7 +138,8 @@ def recover(store: Store, writer: Writer) -> None:
     for number, stretches in groupby(pending, key=lambda stretch: stretch.segment):
         if number in segments:
             store.segments.erase(segments[number], [(at, length) for _, at, length in stretches])
-    writer.erased()
+    if pending:
+        writer.erased()
 
 
 def latest(usages: Sequence[Usage]) -> dict[str, Usage]:
