@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import steer
 from steer.bank import Bank
 from steer.errors import SteerError, UnknownUser
 from steer.state import Artifact, Fingerprint, Provenance, UserState
@@ -419,6 +420,41 @@ def test_a_newer_format_is_refused_with_both_versions(bank: Bank) -> None:
     (bank.path / "manifest.json").write_text('{"format": "steer-bank", "version": 3}')
     with pytest.raises(SteerError, match=r"version 3 .*reads version 2; update"):
         Bank(bank.path)
+
+
+GIVEN = {"method": "given_vector", "model": None, "settings": {"positions": "all", "widths": [48]}}
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "model": ({"model": MODEL}, "was read from tiny .*this model is llama"),
+    "width": ({"width": 40}, r"vectors for resid_post\[1\] are 40 and 48 wide, so some are of another model"),
+    "site": ({"sites": ("resid_post[7]",), **GIVEN}, r"resid_post\[7\]: the model has 3 layers"),
+    "version": ({"version": 99}, "version 99 of style_vector, this library reads version 1"),
+    "method": ({"method": "magic"}, "fitted by 'magic', which is not loaded"),
+    "artifact": ({"artifact": "ab" * 32}, r"needs the artifact abababab.*put_artifact"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_state_that_does_not_fit_is_refused_and_others_are_not(
+    bank: Bank, llama: steer.FrozenLM, misfit: str
+) -> None:
+    def fitted(width: int = 48, **changes: Any) -> UserState:
+        described: dict[str, Any] = {
+            "method": "style_vector", "version": 1, "model": llama.fingerprint, "sites": ("resid_post[1]",),
+            "settings": {"positions": "response"}, "calibration": {"reference_norm": {"resid_post[1]": 1.0}},
+        }  # fmt: skip
+        source = described | changes
+        return UserState(Provenance(**source), {site: torch.full((width,), 5.0) for site in source["sites"]})
+
+    changes, message = MISFITS[misfit]
+    bank.update({("ada", "style"): fitted(), ("bob", "style"): fitted(**changes)})
+    assert_same(bank["bob", "style"], fitted(**changes))
+    with pytest.raises(SteerError, match=message), llama.steered(bank, users=["ada", "bob"]):
+        pass
+    prompt = torch.tensor([[3, 5, 7, 9]])
+    plain = llama.model(prompt).logits
+    with llama.steered(bank, users=["ada"], prompt_lengths=[4]):
+        steered = llama.model(prompt).logits
+    assert not torch.allclose(plain, steered)
 
 
 # Damage

@@ -188,6 +188,9 @@ def vector_edits(states: Sequence[UserState | None], like: UserState, artifact: 
             norms in its calibration if they are known; a batch in which one has none can be given no dose.
         like: a state of the same kind.
         artifact: holds vectors that are added to those of every row that has a state.
+
+    Raises:
+        SteerError: the vectors at a site are not all of one width.
     """
     return [_edit(site, states, like, artifact) for site in like.provenance.sites]
 
@@ -200,6 +203,11 @@ def _edit(site: str, states: Sequence[UserState | None], like: UserState, artifa
         for state in states
     ]
     known = all(site in norms for norms in references)
+    widths = {state.tensors[site].shape[-1] for state in states if state is not None} | {len(zero), len(common)}
+    if len(widths) > 1:
+        raise SteerError(
+            f"vectors for {site} are {' and '.join(map(str, sorted(widths)))} wide, so some are of another model"
+        )
     return ResidualEdit(
         site=Site.parse(site),
         vectors=torch.stack([zero if state is None else state.tensors[site].float() + common for state in states]),
