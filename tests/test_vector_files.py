@@ -562,9 +562,9 @@ class TestSafetensors:
 
     def test_what_cannot_be_written_is_refused(self, tmp_path: Path) -> None:
         for state, message in (
-            (steer.UserState(Provenance("x", 1), data={"a": object()}), "more than tensors and JSON"),
-            (steer.UserState(Provenance("x", 1), data={1: "a"}), "more than tensors and JSON"),
-            (steer.UserState(Provenance("x", 1), data={"a": float("nan")}), "more than tensors and JSON"),
+            (steer.UserState(Provenance("x", 1), data={"a": object()}), "cannot be stored as JSON"),
+            (steer.UserState(Provenance("x", 1), data={1: "a"}), "cannot be stored as JSON"),
+            (steer.UserState(Provenance("x", 1), data={"a": float("nan")}), "cannot be stored as JSON"),
             (steer.UserState(Provenance("x", 1), {"a": torch.eye(3).long().to_sparse()}), "tensor that is not stored"),
         ):
             with pytest.raises(steer.SteerError, match=message):

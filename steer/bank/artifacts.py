@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from steer.bank import folder
 from steer.bank.facts import to_json
 from steer.errors import SteerError
+from steer.files import draft
 from steer.state import Artifact, Fingerprint
 
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -33,7 +34,8 @@ def save(file: Path, artifact: Artifact) -> None:
     metadata = {"artifact": to_json(described, f"the {artifact.method} artifact")}
     # Clones, as safetensors refuses tensors that share storage and would have to save a view's base.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in artifact.tensors.items()}
-    folder.save_tensors(file, tensors, metadata)
+    with draft(file) as unfinished:
+        save_file(tensors, unfinished, metadata)
 
 
 def load(file: Path, digest: str) -> Artifact:

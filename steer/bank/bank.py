@@ -20,6 +20,7 @@ from steer.bank.store import Store
 from steer.bank.upkeep import Compaction, Fault
 from steer.bank.writing import Packed
 from steer.errors import Damage, SteerError, UnknownUser
+from steer.files import draft_folder
 from steer.state import Artifact, Provenance, UserState
 
 Key = tuple[str, str]
@@ -297,7 +298,7 @@ class Bank:
         It has the salt of this one, so that hashes mean the same users in both. The rest is as for `merge`.
         """
         target, manifest = Path(path).resolve(), self._store.manifest
-        with folder.draft_of(target) as draft:
+        with draft_folder(target) as draft:
             folder.open_or_create(draft, create=True, hashed=manifest.hashed, salt=manifest.salt)
             with Bank(draft) as bank:
                 bank.merge(self, on_progress=on_progress, on_damage=on_damage)

@@ -119,7 +119,8 @@ def _open(file: Path) -> sqlite3.Connection:
 def _sqlite_errors(file: Path) -> Iterator[None]:
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        # The latter where a damaged file gets into the text of the former.
         raise SteerError(f"{file}: the index of the bank cannot be used ({error})") from error
 
 

@@ -10,11 +10,8 @@ people.bank/
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -22,12 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
 from steer.bank.index import Index
 from steer.errors import SteerError
+from steer.files import draft_folder
 
 FORMAT = "steer-bank"
 VERSION = 2
@@ -84,52 +78,6 @@ def open_or_create(path: Path, *, create: bool, hashed: bool | None = None, salt
     return manifest
 
 
-def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file that is either absent or whole, even after a power cut.
-
-    Raises:
-        SteerError: the file could not be written; nothing of it is left.
-    """
-    draft = file.with_name(_draft_name(file))
-    try:
-        draft.touch()
-        usual = draft.stat().st_mode
-        save_file(tensors, draft, metadata)
-        # Newer safetensors leave a file that only its owner may read, which would lock others out of a shared bank.
-        draft.chmod(usual)
-        _sync(draft)
-        os.rename(draft, file)
-        # The name lives in the folder: without this a power cut may lose the file after the rename.
-        _sync(file.parent)
-    except (OSError, SafetensorError) as error:
-        raise SteerError(f"{file}: could not be written ({error})") from error
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-@contextmanager
-def draft_of(path: Path) -> Iterator[Path]:
-    """A folder to fill beside a place, which becomes that place when all has gone well, and else is removed.
-
-    Raises:
-        SteerError: there is something at the place, or it cannot be written to.
-    """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise SteerError(f"{path}: exists already; give a place where nothing is")
-    draft = path.with_name(_draft_name(path))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        for written in (*draft.rglob("*"), draft):
-            _sync(written)
-        os.rename(draft, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise SteerError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
 def new_token() -> str:
     """Eight random hexadecimal digits, so that writers who cannot see each other choose different names."""
     return secrets.token_hex(4)
@@ -138,7 +86,7 @@ def new_token() -> str:
 def _create(path: Path, manifest: Manifest) -> None:
     # Built beside its place and renamed into it: nobody, and no crash, meets half a bank.
     try:
-        with draft_of(path) as draft:
+        with draft_folder(path) as draft:
             for folder in (draft, draft / SEGMENTS, draft / ARTIFACTS):
                 folder.mkdir()
             (draft / MANIFEST).write_text(json.dumps(_described(manifest), indent=2) + "\n", encoding="utf-8")
@@ -195,15 +143,3 @@ def _described(manifest: Manifest) -> dict[str, object]:
         "users": "hashed" if manifest.hashed else "plain",
         "salt": manifest.salt.hex(),
     }
-
-
-def _draft_name(path: Path) -> str:
-    return f".{path.name}.{new_token()}.tmp"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from steer.bank import folder
 from steer.bank.bank import Bank
 from steer.errors import SteerError
+from steer.files import draft_folder
 
 _HUB = "hf://"
 # Nothing else is uploaded, or taken from a stranger's repository.
@@ -61,7 +62,7 @@ def pull(source: str | Path, path: str | Path, *, on_progress: Callable[[float],
     Raises:
         SteerError: there is something at `path`, the Hub does not have it, or it is no sound bank.
     """
-    with folder.draft_of(Path(path).resolve()) as draft:
+    with draft_folder(Path(path).resolve()) as draft:
         _fetch(source, draft)
         with Bank(draft, create=False) as bank:
             if faults := bank.verify(on_progress):

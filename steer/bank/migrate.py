@@ -26,6 +26,7 @@ from torch import Tensor
 from steer.bank import folder
 from steer.bank.bank import Bank, Key
 from steer.errors import SteerError
+from steer.files import draft_folder
 from steer.state import Fingerprint, Provenance, UserState
 
 _ENTRIES = """
@@ -56,7 +57,7 @@ def migrate(
     """
     old, new = Path(old).resolve(), Path(new).resolve()
     folder.read_manifest(old, version=1)
-    with folder.draft_of(new) as draft, Bank(draft, hashed=hashed) as bank:
+    with draft_folder(new) as draft, Bank(draft, hashed=hashed) as bank:
         for file in sorted((old / folder.ARTIFACTS).glob("*.safetensors")):
             shutil.copyfile(file, draft / folder.ARTIFACTS / file.name)
             bank.artifact(file.stem)

@@ -11,7 +11,6 @@ a state is deleted and when it is replaced, and no place is used twice.
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +26,7 @@ from steer.bank.layout import BYTES, DTYPES, Layout
 from steer.bank.segment import FILE, LARGEST, SMALLEST, Segment
 from steer.bank.store import Store, facts_checksum, tensors_checksum
 from steer.errors import Damage, SteerError
-
-_DRAFT = re.compile(r"\..*\.tmp")
+from steer.files import DRAFT
 
 
 class Packed(NamedTuple):
@@ -163,7 +161,7 @@ def _remains(store: Store, usages: Sequence[Usage]) -> Iterator[Path]:
         if FILE.fullmatch(path.name) and path.name not in known:
             yield path
     for path in (store.path / folder.ARTIFACTS).iterdir():
-        if _DRAFT.fullmatch(path.name):
+        if DRAFT.fullmatch(path.name):
             yield path
 
 

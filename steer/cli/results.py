@@ -10,6 +10,7 @@ from typing import Any
 
 from steer.cli import options
 from steer.errors import SteerError
+from steer.files import draft
 
 
 def require_writable(*files: Path | None) -> None:
@@ -29,19 +30,14 @@ def write(file: Path | None, content: str | Mapping[str, Any] | Any) -> None:
 
     if file is None:
         return
-    target = file.resolve()
-    # With the ending of the file, which tells a figure's format.
-    draft = target.with_name(f".{os.getpid()}.{target.name}")
-    try:
-        if isinstance(content, Mapping):
-            content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    if isinstance(content, Mapping):
+        content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    with draft(file.resolve()) as unfinished:
         if isinstance(content, str):
-            draft.write_text(content, encoding="utf-8")
+            unfinished.write_text(content, encoding="utf-8")
         else:
-            content.savefig(draft, dpi=DPI)
-        os.replace(draft, target)
-    except (OSError, ValueError) as error:
-        raise SteerError(f"{file} cannot be written: {error}") from None
-    finally:
-        draft.unlink(missing_ok=True)
+            try:
+                content.savefig(unfinished, dpi=DPI)
+            except ValueError as error:
+                raise SteerError(f"{file} cannot be written: {error}") from None
     options.err.print(f"wrote {file}", soft_wrap=True)

@@ -11,17 +11,16 @@ other programs have written without that key. Nobody's user id is in a file.
 from __future__ import annotations
 
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from steer.bank.facts import to_json
 from steer.errors import SteerError
+from steer.files import draft
 from steer.state import Provenance, UserState
 
 if TYPE_CHECKING:
@@ -49,12 +48,8 @@ def write(path: str | Path, state: UserState) -> None:
         SteerError: what the state holds is no JSON or no dense tensor, or the file cannot be written.
     """
     path, source = Path(path), state.provenance
-    try:
-        content = {"version": VERSION, "provenance": source.to_json(), "data": dict(state.data)}
-        _require_text_keys(content)
-        described = json.dumps(content, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise SteerError(f"{path}: this {source.method} state holds more than tensors and JSON ({error})") from None
+    content = {"version": VERSION, "provenance": source.to_json(), "data": dict(state.data)}
+    described = to_json(content, f"{path}: this {source.method} state")
     with draft(path) as unfinished:
         try:
             # Clones, as safetensors refuses tensors that share storage and would have to save a view's base.
@@ -78,40 +73,6 @@ def read(path: Path) -> UserState | dict[str, Tensor]:
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise SteerError(f"{path}: this is no readable safetensors file ({error})") from None
     return tensors if described is None else _state(path, described, tensors)
-
-
-@contextmanager
-def draft(path: Path) -> Iterator[Path]:
-    """A file to write to that takes its name when it is whole.
-
-    Raises:
-        SteerError: the file cannot be written; nothing of it is left.
-    """
-    unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        unfinished.touch()
-        usual = unfinished.stat().st_mode
-        yield unfinished
-        # Newer safetensors leave a file that only its owner may read.
-        unfinished.chmod(usual)
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise SteerError(f"{path}: could not be written ({error.strerror or error})") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _require_text_keys(value: Any) -> None:
-    # json.dumps would turn the key 18 into "18" without a word.
-    if isinstance(value, Mapping):
-        if numbers := [key for key in value if not isinstance(key, str)]:
-            raise TypeError(f"the key {numbers[0]!r} is not text")
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for inner in value:
-            _require_text_keys(inner)
 
 
 def _state(path: Path, described: str, tensors: Mapping[str, Tensor]) -> UserState:

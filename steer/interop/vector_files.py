@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from steer.errors import SteerError
+from steer.files import draft
 from steer.inject.positions import Positions
 from steer.interop import state_files
 from steer.methods import GivenVector
@@ -106,7 +107,7 @@ def write_gguf(path: str | Path, state: UserState, *, artifact: Artifact | None 
             "llama.cpp refuses a file with direction.0, so what is added at resid_post[0] cannot go into a control "
             "vector; write safetensors instead"
         )
-    with state_files.draft(path) as unfinished:
+    with draft(path) as unfinished:
         writer = gguf.GGUFWriter(unfinished, _ARCHITECTURE)
         try:
             writer.add_string(f"{_ARCHITECTURE}.model_hint", model_hint or str(given.data.get("model_hint", "")))
