@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from safetensors.torch import load, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import steer  # noqa: E402
+from steer.view.figures import DPI, new_figure  # noqa: E402
 
 try:
     import lmdb
@@ -136,7 +138,9 @@ class Steer(Store):
         self._bank = steer.Bank(self.folder)
 
     def prepared(self, users: Sequence[str], vectors: Tensor) -> Any:
-        return {(user, NAME): steer.UserState(PROVENANCE, {SITE: row}) for user, row in zip(users, vectors, strict=True)}
+        return {
+            (user, NAME): steer.UserState(PROVENANCE, {SITE: row}) for user, row in zip(users, vectors, strict=True)
+        }
 
     def put(self, prepared: Any) -> None:
         self._bank.update(prepared)
@@ -279,7 +283,9 @@ def check(way: str, numbers: Sequence[int], found: Tensor, width: int) -> None:
         raise WrongRow(f"{way}: gave {found.dtype} {list(found.shape)}")
     for number, same in zip(numbers, (found == right).all(dim=1).tolist(), strict=True):
         if not same:
-            raise WrongRow(f"{way}: gave user {number}, {user(number)}, another vector of width {width} than was stored")
+            raise WrongRow(
+                f"{way}: gave user {number}, {user(number)}, another vector of width {width} than was stored"
+            )
 
 
 # What is measured.
@@ -387,14 +393,16 @@ def cold(ways: Sequence[str], folder: Path, users: int, width: int, settings: ar
 
 def drop(folder: Path) -> str:
     """Drops the page cache, or what it holds of a folder where one may not; says how."""
-    os.sync()
     try:
-        CACHES.write_text("1\n")
+        with CACHES.open("w") as caches:
+            os.sync()
+            caches.write("1\n")
         return "drop_caches"
     except OSError:
         for file in folder.rglob("*"):
             if file.is_file():
                 descriptor = os.open(file, os.O_RDONLY)
+                os.fsync(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.close(descriptor)
         return "posix_fadvise"
@@ -408,17 +416,21 @@ def fresh(ways: Sequence[str], folder: Path, users: int, width: int, settings: a
         for way in ways:
             job = {"way": way, "folder": str(folder), "users": users, "width": width}
             job |= {"batch": settings.batch, "batches": settings.batches, "threads": settings.threads}
-            command = [sys.executable, "-P", __file__, "--worker", json.dumps(job)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found[way].append(json.loads(done.stdout))
+            found[way].append(in_new_process(job))
     return {
         way: {key: statistics.median(one[key] for one in each) for key in each[0]} | {"processes": len(each)}
         for way, each in found.items()
     }
 
 
+def in_new_process(job: Mapping[str, Any]) -> dict[str, float]:
+    """Lets a new process do the work."""
+    command = [sys.executable, "-P", __file__, "--worker", json.dumps(job)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
 def work(job: Mapping[str, Any]) -> dict[str, float]:
-    """The work of such a process, which has imported everything and touched nothing."""
+    """Opens a store and gathers batches, in a process that has imported everything and touched nothing."""
     torch.set_num_threads(job["threads"])
     batches = draw(1, job["users"], job["batch"], job["batches"])
     asked = [[user(number) for number in numbers] for numbers in batches]
@@ -438,21 +450,21 @@ def work(job: Mapping[str, Any]) -> dict[str, float]:
     return {
         "ms to open": 1e3 * (opened - start),
         "ms to open and gather": 1e3 * (first - start),
-        "anonymous bytes": after["RssAnon"] - before["RssAnon"],
-        "anonymous bytes, peak": peak["RssAnon"] - before["RssAnon"],
-        "mapped bytes": after["RssFile"] - before["RssFile"],
+        "anonymous MiB": after["RssAnon"] - before["RssAnon"],
+        "anonymous MiB, peak": peak["RssAnon"] - before["RssAnon"],
+        "mapped MiB": after["RssFile"] - before["RssFile"],
     }
 
 
-def memory() -> dict[str, int]:
-    """Bytes of this process that are in memory: its own, and of files that it has mapped."""
+def memory() -> dict[str, float]:
+    """MiB of this process that are in memory: its own, and of files that it has mapped."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = dict(line.split(":", 1) for line in lines)
-    return {key: int(found[key].split()[0]) << 10 for key in ("RssAnon", "RssFile")}
+    return {key: int(found[key].split()[0]) / 1024 for key in ("RssAnon", "RssFile")}
 
 
 def most_bytes(users: int, width: int) -> int:
-    """No store takes more: pages are at most two thirds empty where a vector just does not fit twice."""
+    """More than any store takes: pages that are half empty, an index, a file's own block."""
     return users * (8192 + int(1.3 * 4 * width))
 
 
@@ -508,27 +520,78 @@ def table(case: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"{way:15} {built:34} warm {found['warm']['median ms']:7.3f} p99 {found['warm']['p99 ms']:7.3f} ms  "
             f"cold {found['cold']['median ms']:8.1f} ms  open {found['fresh']['ms to open']:7.2f} ms  "
-            f"memory {found['fresh']['anonymous bytes'] / 2**20:6.2f} MiB"
+            f"memory {found['fresh']['anonymous MiB']:6.2f} MiB"
         )
 
 
+# Title, unit, whether the axis is logarithmic, and the figures: of the line, and of the ends of its whiskers.
 PANELS = (
-    ("64 users, warm", "ms, median and p99", lambda found: found["warm"]["median ms"]),
-    ("64 users, cold", "ms, median", lambda found: found["cold"]["median ms"]),
-    ("insert", "users per second", lambda found: found["insert"]["users per second"]),
-    ("on disk", "bytes over those of the vectors", lambda found: found["size"]["allocated / vectors"]),
-    ("anonymous memory", "MiB", lambda found: found["fresh"]["anonymous bytes"] / 2**20),
+    ("gather, warm", "ms, median and 99th percentile", True, ("warm", "median ms"), ("warm", "p99 ms")),
+    ("gather, cold", "ms, median", True, ("cold", "median ms"), None),
+    ("insert", "users per second", True, ("insert", "users per second"), None),
+    ("on disk", "bytes, over those of the vectors", False, ("size", "allocated / vectors"), None),
+    ("anonymous memory", "MiB", False, ("fresh", "anonymous MiB"), None),
 )
+LOOKS = {
+    "steer": ("#b2182b", "o", "-"),
+    "steer get_many": ("#b2182b", "o", ":"),
+    "sqlite": ("#2166ac", "s", "-"),
+    "lmdb": ("#4d9221", "^", "-"),
+    "files": ("#7f7f7f", "D", "-"),
+}
 
 
 def draw_figure(result: Mapping[str, Any], target: Path) -> None:
-    raise NotImplementedError
+    """A row of panels for each width, over the number of users."""
+    from matplotlib.ticker import LogLocator
+
+    figure = new_figure(3.1 * len(PANELS), 0.9 + 2.7 * len({case["width"] for case in result["cases"]}))
+    cases = [case for case in result["cases"] if "stores" in case]
+    users, widths = (sorted({case[key] for case in cases}) for key in ("users", "width"))
+    panels = figure.subplots(len(widths), len(PANELS), squeeze=False, sharex=True)
+    for (i, width), (j, (title, unit, logarithmic, line, whisker)) in product(enumerate(widths), enumerate(PANELS)):
+        axes = panels[i, j]
+        for shift, (way, (colour, marker, style)) in enumerate(LOOKS.items()):
+            found = [(case["users"], case["stores"].get(way, {})) for case in cases if case["width"] == width]
+            found = [(n, each) for n, each in found if line[0] in each]
+            # Beside each other, so that nothing hides what is the same.
+            places = [n * 1.15 ** (shift - 2) for n, _ in found]
+            values = [each[line[0]][line[1]] for _, each in found]
+            if found:
+                axes.plot(places, values, style, color=colour, marker=marker, markersize=5, label=way)
+            if whisker:
+                ends = [each[whisker[0]][whisker[1]] for _, each in found]
+                axes.vlines(places, values, ends, color=colour, alpha=0.5)
+        axes.set_xscale("log")
+        axes.set_xlim(users[0] / 2.5, users[-1] * 2.5)
+        axes.set_xticks(users, [f"{n:,}" for n in users])
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        else:
+            axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        axes.minorticks_off()
+        axes.grid(axis="y", color="0.92")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylabel(unit, fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.set_title(f"{title}, width {width}", fontsize=10, loc="left")
+        if i == len(widths) - 1:
+            axes.set_xlabel("users", fontsize=8)
+    lines = {line.get_label(): line for line in panels[0, 0].lines}
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=len(lines), frameon=False)
+    figure.suptitle(f"{result['batch']} random users at once, one float32 vector each", fontsize=11)
+    figure.savefig(target, dpi=DPI)
 
 
 def main() -> None:
     arguments = parse()
     if arguments.worker:
         print(json.dumps(work(json.loads(arguments.worker))))
+        return
+    if arguments.draw:
+        draw_figure(json.loads(arguments.draw.read_text()), arguments.figure)
         return
     # So that temporary folders go then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -568,6 +631,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the stores are made")
     parser.add_argument("--json", type=Path, default=harness.RESULTS / "bank-cpu.json")
     parser.add_argument("--figure", type=Path, help="a picture of the figures")
+    parser.add_argument("--draw", type=Path, metavar="JSON", help="measure nothing and draw the figure of this result")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
