@@ -167,7 +167,7 @@ class SteerStates(Steer):
 
 
 class Sqlite(Store):
-    """One table. Of the page sizes from 4 to 64 KiB, with and without row ids, the best for both widths."""
+    """One table. Of the page sizes from 4 to 64 KiB, with row ids and without, the best for both widths."""
 
     @property
     def _file(self) -> Path:
@@ -190,8 +190,6 @@ class Sqlite(Store):
 
     def open(self) -> None:
         self._db = sqlite3.connect(f"{self._file.as_uri()}?mode=ro", uri=True, isolation_level=None)
-        # As much as SQLite was built to map, usually 2 GiB; the rest is read.
-        self._db.execute(f"PRAGMA mmap_size = {1 << 40}")
 
     def gather(self, users: Sequence[str]) -> Any:
         vectors = torch.empty(len(users), self.width)
@@ -205,6 +203,14 @@ class Sqlite(Store):
 
     def close(self) -> None:
         self._db.close()
+
+
+class MappedSqlite(Sqlite):
+    """The same read through a mapping, of as much as SQLite was built to map, usually 2 GiB."""
+
+    def open(self) -> None:
+        super().open()
+        self._db.execute(f"PRAGMA mmap_size = {1 << 40}")
 
 
 class Lmdb(Store):
@@ -221,7 +227,8 @@ class Lmdb(Store):
             transaction.cursor().putmulti(rows)
 
     def open(self) -> None:
-        self._environment = lmdb.open(str(self.folder), readonly=True)
+        # Without it a page that is not in memory brings all that the system reads ahead, here megabytes.
+        self._environment = lmdb.open(str(self.folder), readonly=True, readahead=False)
 
     def gather(self, users: Sequence[str]) -> Any:
         vectors = torch.empty(len(users), self.width)
@@ -264,10 +271,16 @@ class Files(Store):
         pass
 
 
-STORES: dict[str, type[Store]] = {"steer": Steer, "sqlite": Sqlite, "lmdb": Lmdb, "files": Files}
-# Another way to read what one of them has written.
-WAYS = {"steer get_many": ("steer", SteerStates)} | {name: (name, store) for name, store in STORES.items()}
-ORDER = ("steer", "steer get_many", "sqlite", "lmdb", "files")
+# What wrote the store, and what reads it.
+WAYS: dict[str, tuple[str, type[Store]]] = {
+    "steer": ("steer", Steer),
+    "steer get_many": ("steer", SteerStates),
+    "sqlite": ("sqlite", Sqlite),
+    "sqlite mmap": ("sqlite", MappedSqlite),
+    "lmdb": ("lmdb", Lmdb),
+    "files": ("files", Files),
+}
+STORES = {way: store for way, (name, store) in WAYS.items() if way == name}
 
 
 def reader(way: str, folder: Path, width: int) -> Store:
@@ -446,6 +459,7 @@ def work(job: Mapping[str, Any]) -> dict[str, float]:
         found = store.gather(users)
         peak = {key: max(peak[key], now) for key, now in memory().items()}
     after = memory()
+    store.close()
     check(job["way"], batches[-1], store.tensor(found), job["width"])
     return {
         "ms to open": 1e3 * (opened - start),
@@ -479,7 +493,7 @@ def measure(names: Sequence[str], users: int, width: int, settings: argparse.Nam
     for group in [names] if together else [[name] for name in names]:
         with tempfile.TemporaryDirectory(prefix="steer-bank-", dir=settings.folder) as temporary:
             folder = Path(temporary)
-            ways = [way for way in ORDER if WAYS[way][0] in group]
+            ways = [way for way, (name, _) in WAYS.items() if name in group]
             stores |= {way: {} for way in ways} | {name: build(name, folder, users, width) for name in group}
             for key, figures in (("warm", warm), ("fresh", fresh), ("cold", cold)):
                 for way, each in figures(ways, folder, users, width, settings).items():
@@ -536,6 +550,7 @@ LOOKS = {
     "steer": ("#b2182b", "o", "-"),
     "steer get_many": ("#b2182b", "o", ":"),
     "sqlite": ("#2166ac", "s", "-"),
+    "sqlite mmap": ("#2166ac", "s", ":"),
     "lmdb": ("#4d9221", "^", "-"),
     "files": ("#7f7f7f", "D", "-"),
 }
@@ -555,7 +570,7 @@ def draw_figure(result: Mapping[str, Any], target: Path) -> None:
             found = [(case["users"], case["stores"].get(way, {})) for case in cases if case["width"] == width]
             found = [(n, each) for n, each in found if line[0] in each]
             # Beside each other, so that nothing hides what is the same.
-            places = [n * 1.15 ** (shift - 2) for n, _ in found]
+            places = [n * 1.15 ** (shift - len(LOOKS) / 2) for n, _ in found]
             values = [each[line[0]][line[1]] for _, each in found]
             if found:
                 axes.plot(places, values, style, color=colour, marker=marker, markersize=5, label=way)
