@@ -570,10 +570,11 @@ def draw_figure(result: Mapping[str, Any], target: Path) -> None:
             found = [(case["users"], case["stores"].get(way, {})) for case in cases if case["width"] == width]
             found = [(n, each) for n, each in found if line[0] in each]
             # Beside each other, so that nothing hides what is the same.
-            places = [n * 1.15 ** (shift - len(LOOKS) / 2) for n, _ in found]
+            places = [n * 1.15 ** (shift - (len(LOOKS) - 1) / 2) for n, _ in found]
             values = [each[line[0]][line[1]] for _, each in found]
             if found:
-                axes.plot(places, values, style, color=colour, marker=marker, markersize=5, label=way)
+                face = colour if style == "-" else "white"
+                axes.plot(places, values, style, color=colour, marker=marker, mfc=face, markersize=5, label=way)
             if whisker:
                 ends = [each[whisker[0]][whisker[1]] for _, each in found]
                 axes.vlines(places, values, ends, color=colour, alpha=0.5)
