@@ -59,7 +59,11 @@ def environment() -> dict[str, Any]:
 def save(name: str, result: Mapping[str, Any]) -> Path:
     """Writes `results/NAME.json` at once or not at all."""
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"{name}.json"
+    return write(RESULTS / f"{name}.json", result)
+
+
+def write(target: Path, result: Mapping[str, Any]) -> Path:
+    """Writes a result to a file at once or not at all."""
     draft = target.with_suffix(".tmp")
     draft.write_text(json.dumps({**environment(), **result}, indent=1) + "\n")
     os.replace(draft, target)
