@@ -171,10 +171,10 @@ def test_what_is_sound_is_saved_into_a_new_bank(whole: Path, file: str) -> None:
         shutil.copytree(whole, target)
         (path,) = target.glob(file)
         if file == "index.sqlite":
-            # One key's entry in the index by which keys are found: they can still be read one after another.
+            # The tree by which places are found; the entries can still be read one after another.
             with sqlite3.connect(path) as index:
                 index.execute("PRAGMA writable_schema = ON")
-                index.execute("UPDATE sqlite_master SET rootpage = 2 WHERE name = 'sqlite_autoindex_entries_1'")
+                index.execute("UPDATE sqlite_master SET rootpage = 2 WHERE name = 'sqlite_autoindex_entries_3'")
         else:
             content = bytearray(path.read_bytes())
             content[4100] ^= 1

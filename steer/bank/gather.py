@@ -63,19 +63,16 @@ class Gatherer:
     def _read(self, addresses: Sequence[Address | None], found: Mapping[Address, Entry]) -> Rows:
         layout = self._layout(found)
         staged = self._staging(len(addresses), layout.nbytes)
-        memory, rows = staged.numpy(), []
-        for row, address in enumerate(addresses):
-            entry = None if address is None else found.get(address)
-            rows.append(entry is not None)
-            if entry is None:
-                memory[row] = 0
-            else:
-                self._store.fill(entry, memory[row].data)
+        entries = [None if address is None else found.get(address) for address in addresses]
+        memory = staged.numpy()
+        self._store.fill([(entry, memory[row].data) for row, entry in enumerate(entries) if entry is not None])
+        present = [entry is not None for entry in entries]
+        memory[[not there for there in present]] = 0
         if self._device.type != "cpu":
             staged = staged.to(self._device, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        return Rows(layout.unpack(staged), torch.tensor(rows, dtype=torch.bool))
+        return Rows(layout.unpack(staged), torch.tensor(present, dtype=torch.bool))
 
     def _layout(self, found: Mapping[Address, Entry]) -> Layout:
         index = self._store.index

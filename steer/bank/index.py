@@ -29,8 +29,9 @@ from steer.state import Fingerprint
 
 # Rows of models, kinds and layouts stay for good, and the number of a segment is never given to another, so that what
 # a reader has seen of them stays true. `kinds` repeats the name and leaves settings out, so that it is small: whoever
-# asks what may occur in the bank need not look at millions of entries. That places are unique makes sure that no two
-# people share one.
+# asks what may occur in the bank need not look at millions of entries. Entries lie in the order of their keys, so that
+# one is found in one tree and not in two; `number` is their order of arrival. That places are unique makes sure that no
+# two people share one.
 _SCHEMA = """
 CREATE TABLE bank (salt_check BLOB NOT NULL, generation INTEGER NOT NULL);
 CREATE TABLE models (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL);
@@ -44,25 +45,27 @@ CREATE TABLE segments (
     used INTEGER NOT NULL, dead INTEGER NOT NULL
 );
 CREATE TABLE entries (
-    id INTEGER PRIMARY KEY, user BLOB NOT NULL, name TEXT NOT NULL,
+    number INTEGER NOT NULL UNIQUE, user BLOB NOT NULL, name TEXT NOT NULL,
     kind INTEGER NOT NULL REFERENCES kinds, layout INTEGER NOT NULL REFERENCES layouts,
     segment INTEGER REFERENCES segments, at INTEGER, checksum INTEGER NOT NULL,
     facts_segment INTEGER NOT NULL REFERENCES segments, facts_at INTEGER NOT NULL, facts_length INTEGER NOT NULL,
     facts_checksum INTEGER NOT NULL,
-    UNIQUE (user, name), UNIQUE (segment, at), UNIQUE (facts_segment, facts_at)
-);
-CREATE INDEX entries_by_kind ON entries (kind);
+    PRIMARY KEY (user, name), UNIQUE (segment, at), UNIQUE (facts_segment, facts_at)
+) WITHOUT ROWID;
+CREATE INDEX entries_by_kind ON entries (kind, number);
 CREATE TABLE erasures (segment INTEGER NOT NULL, at INTEGER NOT NULL, length INTEGER NOT NULL);
 """
 
-_COLUMNS = "id, user, name, kind, layout, segment, at, checksum, facts_segment, facts_at, facts_length, facts_checksum"
+_COLUMNS = (
+    "number, user, name, kind, layout, segment, at, checksum, facts_segment, facts_at, facts_length, facts_checksum"
+)
 _SEGMENT = "id, file, dtype, capacity, used, dead"
 
 # An update rather than a replacement, which would move the entry to the end of the order.
 _PUT = """
-INSERT INTO entries (user, name, kind, layout, segment, at, checksum,
+INSERT INTO entries (number, user, name, kind, layout, segment, at, checksum,
                      facts_segment, facts_at, facts_length, facts_checksum)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (user, name) DO UPDATE SET
     kind = excluded.kind, layout = excluded.layout, segment = excluded.segment, at = excluded.at,
     checksum = excluded.checksum, facts_segment = excluded.facts_segment, facts_at = excluded.facts_at,
@@ -103,7 +106,7 @@ def joined(stretches: Iterable[Stretch]) -> list[Stretch]:
 class Entry(NamedTuple):
     """A row of `entries`: of what kind a state is, where its tensors and its facts lie, and their CRC-32."""
 
-    id: int
+    number: int
     user: bytes
     name: str
     kind: int
@@ -213,30 +216,25 @@ class Index:
         with self._reading() as db:
             return {entry.address: entry for name, some in users.items() for entry in _find(db, name, list(some))}
 
-    def find_id(self, number: int) -> list[Entry]:
-        """The entry of that id, if there is one."""
-        with self._reading() as db:
-            return _entries(db.execute(f"SELECT {_COLUMNS} FROM entries WHERE id = ?", (number,)))
-
     def pages(self) -> Iterator[list[Entry]]:
         """All entries, in the order in which their keys came; what is written meanwhile may be among them or not."""
         # Page by page, so that a reader who dawdles never holds a lock that a writer waits for.
-        query, last = f"SELECT {_COLUMNS} FROM entries WHERE id > ? ORDER BY id LIMIT ?", 0
+        query, last = f"SELECT {_COLUMNS} FROM entries WHERE number > ? ORDER BY number LIMIT ?", -1
         while True:
             with self._reading() as db:
                 page = _entries(db.execute(query, (last, _PAGE)))
             if not page:
                 return
             yield page
-            last = page[-1].id
+            last = page[-1].number
 
     def examples(self) -> list[list[Entry]]:
         """The oldest entries of each kind that occurs."""
-        query = f"SELECT {_COLUMNS} FROM entries WHERE kind = ? ORDER BY id LIMIT {_EXAMPLES}"
+        query = f"SELECT {_COLUMNS} FROM entries WHERE kind = ? ORDER BY number LIMIT {_EXAMPLES}"
         with self._reading() as db:
             kinds = db.execute("SELECT id FROM kinds").fetchall()
             found = [_entries(db.execute(query, kind)) for kind in kinds]
-        return sorted((entries for entries in found if entries), key=lambda entries: entries[0].id)
+        return sorted((entries for entries in found if entries), key=lambda entries: entries[0].number)
 
     def count(self) -> int:
         return int(self._column("SELECT COUNT(*) FROM entries")[0])
@@ -384,12 +382,13 @@ class Writer:
         return [entry for user in users for entry in _entries(self._db.execute(query, (user,)))]
 
     def put(self, rows: Iterable[tuple[Any, ...]]) -> None:
-        """Adds or replaces entries: the columns of `entries`, without the id."""
-        self._db.executemany(_PUT, rows)
+        """Adds or replaces entries: the columns of `entries` but the number. New ones are the last."""
+        (last,) = self._db.execute("SELECT COALESCE(MAX(number), -1) FROM entries").fetchone()
+        self._db.executemany(_PUT, ((number, *row) for number, row in enumerate(rows, start=last + 1)))
 
     def remove(self, entries: Sequence[Entry]) -> None:
         """Removes entries."""
-        self._db.executemany("DELETE FROM entries WHERE id = ?", [(entry.id,) for entry in entries])
+        self._db.executemany("DELETE FROM entries WHERE user = ? AND name = ?", [entry.address for entry in entries])
 
     def require_free(self, stretch: Stretch) -> None:
         """Raises Damage if a state lies in a stretch, or half in it: it must not be overwritten."""

@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ class Layout:
             if tensor.layout != torch.strided or _name(tensor.dtype) not in DTYPES:
                 found = f"{tensor.layout}, {tensor.dtype}"
                 raise SteerError(f"tensor {name!r} is {found}: a bank stores dense tensors of real numbers")
-        return cls(tuple(Slot(name, _name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()))
+        return _layout(tuple(Slot(name, _name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()))
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
@@ -121,6 +121,12 @@ class Layout:
             at += slot.nbytes
             tensors[slot.name] = part.view(dtype).reshape((*packed.shape[:-1], *slot.shape))
         return tensors
+
+
+@lru_cache(maxsize=1024)
+def _layout(slots: tuple[Slot, ...]) -> Layout:
+    # One object for all alike, which works out its JSON and its checksum once.
+    return Layout(slots)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -103,10 +103,24 @@ class Segments:
         if got < nbytes:
             raise Damage(f"{self.folder / segment.file}: damaged, it ends too early")
 
-    def expect(self, segment: Segment, at: int, nbytes: int) -> None:
-        """Tells the operating system that these bytes will be read soon, so that it can fetch many at once."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file(segment).descriptor, segment.offset(at), nbytes, os.POSIX_FADV_WILLNEED)
+    def read_cached(self, segment: Segment, at: int, into: memoryview) -> bool:
+        """Fills a buffer if the operating system has the bytes in memory, and else asks it to fetch them.
+
+        Whoever reads many stretches asks for all before waiting for any, so that the disk can work on many at once.
+        Raises Damage as `read` does.
+        """
+        file, offset = self._file(segment), segment.offset(at)
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        try:
+            if os.preadv(file.descriptor, [into], offset, os.RWF_NOWAIT) == into.nbytes:
+                return offset >= HEADER_BYTES
+        except OSError:
+            # Not in memory, or a file system that does not tell.
+            pass
+        if offset >= HEADER_BYTES:
+            os.posix_fadvise(file.descriptor, offset, into.nbytes, os.POSIX_FADV_WILLNEED)
+        return False
 
     def create(self, segment: Segment) -> None:
         """Makes the file; nobody reads it before the index refers to it."""
@@ -200,8 +214,10 @@ class Segments:
                 offset = max(os.lseek(file.descriptor, offset, os.SEEK_DATA), offset)
             except OSError:
                 return
+            hole = os.lseek(file.descriptor, offset, os.SEEK_HOLE)
             at = (offset - HEADER_BYTES) // segment.itemsize
-            length = min(_CHUNK // segment.itemsize, segment.capacity - at)
+            until = -(-(min(hole, end) - HEADER_BYTES) // segment.itemsize)
+            length = min(_CHUNK // segment.itemsize, until - at)
             chunk = next(self.chunks(segment, at, at + length))
             if chunk.count(0) < len(chunk):
                 yield at, length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -66,7 +66,7 @@ class Store:
         def read_all(found: list[Entry]) -> Read | None:
             return read(found[0]) if found else None
 
-        return self.settled(lambda: self.index.find_id(entry.id), read_all, [entry])
+        return self.settled(lambda: list(self.index.find([entry.address]).values()), read_all, [entry])
 
     def state(self, entry: Entry) -> UserState:
         """A state. Raises Damage if it cannot be read, as the methods below do."""
@@ -81,16 +81,23 @@ class Store:
         layout = self.index.layout(entry.layout)
         self._require_room(entry.segment, layout.length)
         packed = torch.empty(layout.nbytes, dtype=torch.uint8)
-        self.fill(entry, packed.numpy().data)
+        self.fill([(entry, packed.numpy().data)])
         return layout.unpack(packed)
 
-    def fill(self, entry: Entry, into: memoryview) -> None:
-        """Reads the bytes of a state's tensors, as its layout packs them."""
-        if entry.segment is not None and entry.at is not None:
-            self.segments.read(self.index.segment(entry.segment), entry.at, into)
-        kind, layout = self.index.kind(entry.kind), self.index.layout(entry.layout)
-        if tensors_checksum(entry.address, kind, layout, zlib.crc32(into)) != entry.checksum:
-            raise Damage(f"{self._file(entry.segment)}: damaged, the bytes are not those that were saved")
+    def fill(self, pairs: Sequence[tuple[Entry, memoryview]]) -> None:
+        """Reads the bytes of states' tensors, as their layouts pack them, into a buffer for each."""
+        index, segments, late = self.index, self.segments, []
+        for entry, into in pairs:
+            if entry.segment is not None and entry.at is not None:
+                segment = index.segment(entry.segment)
+                if not segments.read_cached(segment, entry.at, into):
+                    late.append((segment, entry.at, into))
+        for segment, at, into in late:
+            segments.read(segment, at, into)
+        for entry, into in pairs:
+            kind, layout = index.kind(entry.kind), index.layout(entry.layout)
+            if tensors_checksum(entry.address, kind, layout, zlib.crc32(into)) != entry.checksum:
+                raise Damage(f"{self._file(entry.segment)}: damaged, the bytes are not those that were saved")
 
     def facts(self, entry: Entry) -> Facts:
         """What describes a state."""
