@@ -490,15 +490,18 @@ def _checked_name(name: object) -> str:
     return name
 
 
-def _checked_user(user: object) -> str:
+def _checked_user(user: object) -> bytes:
+    """A user id in UTF-8."""
     if not isinstance(user, str) or not user:
         raise SteerError(f"{user!r} cannot be a user id: expected text that is not empty")
     if "\0" in user:
         raise SteerError(f"{user!r} cannot be a user id: it holds a NUL character")
     try:
-        size = len(user.encode())
+        encoded = user.encode()
     except UnicodeEncodeError:
         raise SteerError(f"{user!r} cannot be a user id: it is not valid Unicode") from None
-    if size > _USER_BYTES:
-        raise SteerError(f"{user[:40]!r}… cannot be a user id: it has {size} bytes, at most {_USER_BYTES} are allowed")
-    return user
+    if len(encoded) > _USER_BYTES:
+        raise SteerError(
+            f"{user[:40]!r}… cannot be a user id: it has {len(encoded)} bytes, at most {_USER_BYTES} are allowed"
+        )
+    return encoded

@@ -44,14 +44,14 @@ class Manifest:
     hashed: bool
     salt: bytes
 
-    def hash(self, user: str) -> bytes:
-        """The hash of a user id, 16 bytes."""
-        return blake2b(user.encode(), key=self.salt, digest_size=16).digest()
+    def hash(self, user: bytes) -> bytes:
+        """The hash of a user id, which is given in UTF-8: 16 bytes."""
+        return blake2b(user, key=self.salt, digest_size=16).digest()
 
     @property
     def salt_check(self) -> bytes:
         """Tells whether an index belongs to the manifest: the hash of the empty text, which is nobody's id."""
-        return self.hash("")
+        return self.hash(b"")
 
 
 def open_or_create(path: Path, *, create: bool, hashed: bool | None = None, salt: bytes | None = None) -> Manifest:

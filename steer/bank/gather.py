@@ -64,15 +64,19 @@ class Gatherer:
         layout = self._layout(found)
         staged = self._staging(len(addresses), layout.nbytes)
         entries = [None if address is None else found.get(address) for address in addresses]
-        memory = staged.numpy()
-        self._store.fill([(entry, memory[row].data) for row, entry in enumerate(entries) if entry is not None])
-        present = [entry is not None for entry in entries]
-        memory[[not there for there in present]] = 0
+        present = torch.tensor([entry is not None for entry in entries], dtype=torch.bool)
+        staged[~present] = 0
+        # Flat, as cutting a memoryview is much faster than indexing an array.
+        memory, size = staged.view(-1).numpy().data, layout.nbytes
+        self._store.fill(
+            [entry for entry in entries if entry is not None],
+            [memory[row * size : (row + 1) * size] for row, entry in enumerate(entries) if entry is not None],
+        )
         if self._device.type != "cpu":
             staged = staged.to(self._device, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        return Rows(layout.unpack(staged), torch.tensor(present, dtype=torch.bool))
+        return Rows(layout.unpack(staged), present)
 
     def _layout(self, found: Mapping[Address, Entry]) -> Layout:
         index = self._store.index

@@ -33,6 +33,8 @@ FILE = re.compile(r"[0-9]{8,}-[0-9a-f]{8}\.safetensors")
 
 _KEPT_OPEN = 256
 _CHUNK = 4 << 20
+# Reads only what is in memory, where the operating system can be asked for that.
+_NOW: int | None = getattr(os, "RWF_NOWAIT", None)
 # Of one system call.
 _BUFFERS = 1024
 _CODES = {
@@ -74,6 +76,11 @@ class Segment:
         """Place of an element in the file, in bytes."""
         return HEADER_BYTES + at * self.itemsize
 
+    @cached_property
+    def end(self) -> int:
+        """Size of the file, in bytes."""
+        return self.offset(self.capacity)
+
 
 class Segments:
     """The files of a bank's segments; safe to use from several threads."""
@@ -92,7 +99,7 @@ class Segments:
             Damage: the file is missing, is not the segment, or ends too early.
         """
         file, offset, nbytes = self._file(segment), segment.offset(at), into.nbytes
-        if not HEADER_BYTES <= offset <= segment.offset(segment.capacity) - nbytes:
+        if not HEADER_BYTES <= offset <= segment.end - nbytes:
             raise Damage(f"{self.folder / segment.file}: damaged, the index refers to a place behind its end")
         try:
             got = os.preadv(file.descriptor, [into], offset)
@@ -103,31 +110,33 @@ class Segments:
         if got < nbytes:
             raise Damage(f"{self.folder / segment.file}: damaged, it ends too early")
 
-    def read_cached(self, segment: Segment, at: int, into: memoryview) -> bool:
-        """Fills a buffer if the operating system has the bytes in memory, and else asks it to fetch them.
+    def read_many(self, wanted: Sequence[tuple[Segment, int, memoryview]]) -> None:
+        """Fills many buffers, each as `read` does.
 
-        Whoever reads many stretches asks for all before waiting for any, so that the disk can work on many at once.
-        Raises Damage as `read` does.
+        What the operating system has in memory comes first. It is asked to fetch all the rest before any of it is
+        waited for, so that the disk can work on many at once. Raises Damage.
         """
-        file, offset = self._file(segment), segment.offset(at)
-        if not hasattr(os, "RWF_NOWAIT"):
-            return False
-        try:
-            if os.preadv(file.descriptor, [into], offset, os.RWF_NOWAIT) == into.nbytes:
-                return offset >= HEADER_BYTES
-        except OSError:
-            # Not in memory, or a file system that does not tell.
-            pass
-        if offset >= HEADER_BYTES:
-            os.posix_fadvise(file.descriptor, offset, into.nbytes, os.POSIX_FADV_WILLNEED)
-        return False
+        late = []
+        for segment, at, into in wanted:
+            file, offset, nbytes = self._file(segment), segment.offset(at), into.nbytes
+            if _NOW is not None and HEADER_BYTES <= offset <= segment.end - nbytes:
+                try:
+                    if os.preadv(file.descriptor, (into,), offset, _NOW) == nbytes:
+                        continue
+                except OSError:
+                    # Not in memory, or a file system that does not tell.
+                    pass
+                os.posix_fadvise(file.descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+            late.append((segment, at, into))
+        for segment, at, into in late:
+            self.read(segment, at, into)
 
     def create(self, segment: Segment) -> None:
         """Makes the file; nobody reads it before the index refers to it."""
         descriptor = os.open(self.folder / segment.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             os.pwrite(descriptor, segment.header, 0)
-            os.ftruncate(descriptor, segment.offset(segment.capacity))
+            os.ftruncate(descriptor, segment.end)
         finally:
             os.close(descriptor)
 
@@ -207,7 +216,7 @@ class Segments:
     def _written(self, segment: Segment, used: int) -> Iterator[tuple[int, int]]:
         """Stretches from element `used` on in which something is not zero, rounded to the chunks that were read."""
         file = self._file(segment)
-        end, offset = segment.offset(segment.capacity), segment.offset(used)
+        end, offset = segment.end, segment.offset(used)
         while offset < end:
             try:
                 # Skips what was never written.
@@ -246,8 +255,8 @@ class Segments:
             raise Damage(f"{path}: damaged or missing, it cannot be read ({error.strerror})") from error
         if found != segment.header:
             raise Damage(f"{path}: damaged, its header is not that of a segment of {segment.capacity} {segment.dtype}")
-        if size != segment.offset(segment.capacity):
-            raise Damage(f"{path}: damaged, it has {size} bytes and should have {segment.offset(segment.capacity)}")
+        if size != segment.end:
+            raise Damage(f"{path}: damaged, it has {size} bytes and should have {segment.end}")
         return file
 
 

@@ -81,22 +81,25 @@ class Store:
         layout = self.index.layout(entry.layout)
         self._require_room(entry.segment, layout.length)
         packed = torch.empty(layout.nbytes, dtype=torch.uint8)
-        self.fill([(entry, packed.numpy().data)])
+        self.fill([entry], [packed.numpy().data])
         return layout.unpack(packed)
 
-    def fill(self, pairs: Sequence[tuple[Entry, memoryview]]) -> None:
+    def fill(self, entries: Sequence[Entry], into: Sequence[memoryview]) -> None:
         """Reads the bytes of states' tensors, as their layouts pack them, into a buffer for each."""
-        index, segments, late = self.index, self.segments, []
-        for entry, into in pairs:
-            if entry.segment is not None and entry.at is not None:
-                segment = index.segment(entry.segment)
-                if not segments.read_cached(segment, entry.at, into):
-                    late.append((segment, entry.at, into))
-        for segment, at, into in late:
-            segments.read(segment, at, into)
-        for entry, into in pairs:
-            kind, layout = index.kind(entry.kind), index.layout(entry.layout)
-            if tensors_checksum(entry.address, kind, layout, zlib.crc32(into)) != entry.checksum:
+        index = self.index
+        self.segments.read_many(
+            [
+                (index.segment(entry.segment), entry.at, buffer)
+                for entry, buffer in zip(entries, into, strict=True)
+                if entry.segment is not None and entry.at is not None
+            ]
+        )
+        own = {
+            of: kind_checksum(index.kind(of[0]), index.layout(of[1]))
+            for of in {(entry.kind, entry.layout) for entry in entries}
+        }
+        for entry, buffer in zip(entries, into, strict=True):
+            if tensors_checksum(entry.address, own[entry.kind, entry.layout], zlib.crc32(buffer)) != entry.checksum:
                 raise Damage(f"{self._file(entry.segment)}: damaged, the bytes are not those that were saved")
 
     def facts(self, entry: Entry) -> Facts:
@@ -129,16 +132,20 @@ class Store:
         return self.path / folder.INDEX if number is None else self.segments.folder / self.index.segment(number).file
 
 
-def tensors_checksum(address: Address, kind: Kind, layout: Layout, crc: int) -> int:
+def kind_checksum(kind: Kind, layout: Layout) -> bytes:
+    """CRC-32 of what a state is."""
+    return struct.pack("<II", kind.checksum, layout.checksum)
+
+
+def tensors_checksum(address: Address, kind: bytes, crc: int) -> int:
     """CRC-32 over whose and what a state is and, given theirs, over its tensors.
 
     So no damage to the index can pass one person's tensors for another's, or for those of another model or site.
     """
     user, name = address
-    return zlib.crc32(struct.pack("<III", crc, kind.checksum, layout.checksum) + user + name.encode())
+    return zlib.crc32(crc.to_bytes(4, "little") + kind + user + name.encode())
 
 
 def facts_checksum(address: Address, crc: int) -> int:
     """CRC-32 over whose state it is and, given theirs, over its facts."""
-    user, name = address
-    return zlib.crc32(struct.pack("<I", crc) + user + name.encode())
+    return tensors_checksum(address, b"", crc)

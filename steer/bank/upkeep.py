@@ -201,4 +201,4 @@ def _waste(usage: Usage) -> float:
 
 
 def _nbytes(usages: Sequence[Usage]) -> int:
-    return sum(usage.segment.offset(usage.segment.capacity) for usage in usages)
+    return sum(usage.segment.end for usage in usages)

@@ -24,7 +24,7 @@ from steer.bank import folder
 from steer.bank.index import Address, Entry, Kind, Stretch, Usage, Writer
 from steer.bank.layout import BYTES, DTYPES, Layout
 from steer.bank.segment import FILE, LARGEST, SMALLEST, Segment
-from steer.bank.store import Store, facts_checksum, tensors_checksum
+from steer.bank.store import Store, facts_checksum, kind_checksum, tensors_checksum
 from steer.errors import Damage, SteerError
 from steer.files import DRAFT
 
@@ -53,7 +53,8 @@ def put(store: Store, states: Sequence[Packed]) -> None:
             number, kind = writer.kind(state.kind)
             segment, at = room.place(state.layout.dtype, state.tensors) if state.tensors else (None, None)
             facts_segment, facts_at = room.place(BYTES, state.facts)
-            checksum = tensors_checksum(state.address, kind, state.layout, zlib.crc32(state.tensors))
+            own = kind_checksum(kind, state.layout)
+            checksum = tensors_checksum(state.address, own, zlib.crc32(state.tensors))
             facts = (facts_segment, facts_at, len(state.facts), facts_checksum(state.address, zlib.crc32(state.facts)))
             rows.append((*state.address, number, writer.layout(state.layout), segment, at, checksum, *facts))
         room.write()
