@@ -202,5 +202,7 @@ class Artifact:
 
 def _require_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise SteerError(f"{owner}: {name!r} is on the meta device and has no values; load the model's weights")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise SteerError(f"{owner} has values that are not finite in {name!r}; check the texts it was fitted on")

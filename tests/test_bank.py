@@ -163,7 +163,7 @@ def test_any_text_is_a_user(bank: Bank, user: str) -> None:
     assert value(Bank(bank.path)[user, "style"]) == 3
     assert list(bank) == [(user, "style")]
     inside = {path.relative_to(bank.path).parts[0] for path in bank.path.rglob("*")}
-    assert inside == {"manifest.json", "index.sqlite", "segments", "artifacts"}
+    assert inside == {"manifest.json", "index.sqlite", "segments", "artifacts", "commits"}
     # SQLite may keep copies of what it deletes, so it is not told.
     assert user.encode() not in (bank.path / "index.sqlite").read_bytes()
 

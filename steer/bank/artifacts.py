@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from steer.bank.facts import to_json
-from steer.errors import SteerError
+from steer.errors import Damage
 from steer.files import draft
 from steer.state import Artifact, Fingerprint
 
@@ -21,6 +21,20 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 def is_hash(digest: object) -> bool:
     """Whether this may be the hash of an artifact."""
     return isinstance(digest, str) and _HASH.fullmatch(digest) is not None
+
+
+def stored(folder: Path) -> list[str]:
+    """Hashes of the artifacts in a folder, by the names of the files."""
+    return sorted(file.stem for file in folder.glob("*.safetensors") if is_hash(file.stem))
+
+
+def is_sound(file: Path, digest: str) -> bool:
+    """Whether a file is there and holds the artifact of that hash."""
+    try:
+        load(file, digest)
+    except Damage:
+        return False
+    return True
 
 
 def save(file: Path, artifact: Artifact) -> None:
@@ -39,13 +53,13 @@ def save(file: Path, artifact: Artifact) -> None:
 
 
 def load(file: Path, digest: str) -> Artifact:
-    """Raises SteerError if it is damaged, or not the artifact of that hash."""
+    """Raises Damage if it cannot be read, or is not the artifact of that hash."""
     try:
         artifact = _read(file)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise SteerError(f"{file}: damaged, the artifact cannot be read ({error})") from error
+        raise Damage(f"{file}: damaged, the artifact cannot be read ({error})") from error
     if artifact.hash != digest:
-        raise SteerError(f"{file}: damaged, what it holds has the hash {artifact.hash}")
+        raise Damage(f"{file}: damaged, what it holds has the hash {artifact.hash}")
     return artifact
 
 

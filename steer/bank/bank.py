@@ -5,20 +5,22 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, get_args
 
 import torch
 
 from steer.bank import artifacts, folder, upkeep, writing
-from steer.bank.facts import Facts
+from steer.bank.facts import Facts, require_storable
 from steer.bank.gather import Gatherer, Rows
 from steer.bank.index import Address, Entry, Kind, Writer
 from steer.bank.layout import Layout
 from steer.bank.store import Store
 from steer.bank.upkeep import Compaction, Fault
-from steer.bank.writing import Packed
+from steer.bank.writing import Conflict, Packed
 from steer.errors import Damage, SteerError, UnknownUser
 from steer.files import draft_folder
 from steer.state import Artifact, Provenance, UserState
@@ -33,7 +35,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HASHED = re.compile(r"[0-9a-f]{32}")
 _USER_BYTES = 1024
 # States that are read and written together where a bank is merged into another.
-_TOGETHER = 4096
+_TOGETHER, _TOGETHER_BYTES = 4096, 64 << 20
 
 
 class UserHash(str):
@@ -113,6 +115,14 @@ class Bank:
     def __len__(self) -> int:
         return self._store.index.count()
 
+    def __bool__(self) -> bool:
+        # As one writes `bank or …` for a bank that may be None, and not for an empty one.
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For workers that are not forked: they open it themselves.
+        return partial(Bank, self.path, create=False), ()
+
     def __iter__(self) -> Iterator[Key]:
         """The keys, in the order in which they were first stored; of a hashed bank `UserHash`es and names."""
         if self.hashed:
@@ -136,7 +146,8 @@ class Bank:
             UnknownUser: there is none; the message says what there is.
             SteerError: the file that holds it is damaged; the message names it. Other states stay readable.
         """
-        if (state := self._load([key])[key]) is None:
+        address = self._address(key)
+        if (state := self._load({address: key[0]})[address]) is None:
             raise self._unknown(*key)
         return state
 
@@ -180,8 +191,9 @@ class Bank:
         Raises:
             SteerError: a state is damaged; the message names the file and the user.
         """
-        states = self._load([(user, name) for user in users if user is not None])
-        return [None if user is None else states[user, name] for user in users]
+        addresses = self._addresses(users, name)
+        states = self._load({address: user for address, user in zip(addresses, users, strict=True) if address})
+        return [None if address is None else states[address] for address in addresses]
 
     def gatherer(self, name: str, device: str | torch.device = "cpu") -> Callable[[Sequence[str | None]], Rows]:
         """A function that reads the tensors of a batch of users at once: `bank.gatherer("style")(["ada", None])`.
@@ -194,7 +206,7 @@ class Bank:
             device: where the tensors are to be.
         """
         gather = Gatherer(self._store, _checked_name(name), torch.device(device))
-        return lambda users: gather([None if user is None else (self._hash(user), name) for user in users])
+        return lambda users: gather(self._addresses(users, name))
 
     # Writing.
 
@@ -206,17 +218,23 @@ class Bank:
         """Deletes one state, and erases it; many at once are much faster with `delete` or `forget`."""
         self.delete([key])
 
-    def update(self, states: Mapping[Key, UserState]) -> None:
-        """Stores many states in one commit, replacing and erasing those there were under the same keys.
+    def update(self, states: Mapping[Key, UserState], *, conflict: Conflict = "replace") -> int:
+        """Stores many states in one commit; returns how many.
+
+        Args:
+            states: by user and name.
+            conflict: what to do where there is a state already: "replace" and erase it, "keep" it, or store nothing at
+                all and raise an "error".
 
         Raises:
-            SteerError: a key or a state cannot be stored, or the disk is full. Then nothing is.
+            SteerError: a key or a state cannot be stored, or the disk is full; then nothing is. Or what was replaced
+                could not be erased yet, and the message says so.
         """
+        _require_choice(conflict)
         packed = [self._packed(key, state) for key, state in states.items()]
         if len({state.address for state in packed}) < len(packed):
             raise SteerError("a user is given twice, by id and by hash")
-        if packed:
-            writing.put(self._store, packed)
+        return writing.put(self._store, packed, conflict) if packed else 0
 
     def delete(self, keys: Iterable[Key]) -> None:
         """Deletes states in one commit. When it returns, none of their bytes is in any file of the bank.
@@ -236,6 +254,7 @@ class Bank:
 
     def forget(self, users: Iterable[str]) -> int:
         """Deletes all states of some users, as `delete` does; returns how many there were."""
+        _require_several(users)
         hashes = {self._hash(user) for user in users}
         return writing.delete(self._store, lambda writer: writer.find_users(list(hashes)))
 
@@ -243,7 +262,7 @@ class Bank:
         self,
         other: Bank,
         *,
-        conflict: Literal["error", "keep", "replace"] = "error",
+        conflict: Conflict = "error",
         on_progress: Progress | None = None,
         on_damage: Callable[[Damage], None] | None = None,
     ) -> int:
@@ -261,27 +280,23 @@ class Bank:
             SteerError: there are conflicts; a state is damaged; or only hashes of the other's users are known, and this
                 bank has another salt.
         """
-        if conflict not in ("error", "keep", "replace"):
-            raise SteerError(f'conflict={conflict!r} is not one of "error", "keep", "replace"')
+        _require_choice(conflict)
         if other.hashed and not (self.hashed and self._store.manifest == other._store.manifest):
             raise SteerError(
                 f"{other.path}: keeps only hashes of user ids, so it can be merged only into a hashed bank with the "
                 "same salt, such as a copy of it"
             )
         if conflict == "error" and len(self):
-            self._require_apart(other)
-        for digest in other._store.index.artifacts():
-            if other.has_artifact(digest):
+            self._require_apart(other, on_damage)
+        for digest in artifacts.stored(other.path / folder.ARTIFACTS):
+            try:
                 self.put_artifact(other.artifact(digest))
+            except Damage as damage:
+                _tell(damage, on_damage)
         copied, done, total = 0, 0, max(len(other), 1)
-        states = other._states(on_damage)
-        while page := dict(itertools.islice(states, _TOGETHER)):
+        for page in _pages(other._states(on_damage)):
+            copied += self.update(page, conflict=conflict)
             done += len(page)
-            if conflict == "keep":
-                own = self._store.index.find(map(self._address, page))
-                page = {key: state for key, state in page.items() if self._address(key) not in own}
-            self.update(page)
-            copied += len(page)
             if on_progress is not None:
                 on_progress(min(done / total, 1.0))
         return copied
@@ -325,9 +340,10 @@ class Bank:
 
     def put_artifact(self, artifact: Artifact) -> str:
         """Stores what a method shares between users; returns its hash, under which `artifact` finds it."""
-        if not self.has_artifact(artifact.hash):
+        file = self._artifact_file(artifact.hash)
+        if not artifacts.is_sound(file, artifact.hash):
             with writing.writing(self._store):
-                artifacts.save(self._artifact_file(artifact.hash), artifact)
+                artifacts.save(file, artifact)
         return artifact.hash
 
     def has_artifact(self, digest: str) -> bool:
@@ -359,6 +375,11 @@ class Bank:
         user, name = key
         return self._hash(user), _checked_name(name)
 
+    def _addresses(self, users: Sequence[str | None], name: str) -> list[Address | None]:
+        _require_several(users)
+        _checked_name(name)
+        return [None if user is None else (self._hash(user), name) for user in users]
+
     def _hash(self, user: object) -> bytes:
         if isinstance(user, UserHash):
             if not self.hashed or not _HASHED.fullmatch(user):
@@ -378,6 +399,7 @@ class Bank:
         if not isinstance(state, UserState):
             raise SteerError(f"{key}: expected a UserState, found {type(state).__name__}")
         try:
+            require_storable(state.provenance)
             layout = Layout.of(state.tensors)
             state.require_finite()
         except SteerError as error:
@@ -389,19 +411,19 @@ class Bank:
 
     # Entries.
 
-    def _load(self, keys: Iterable[Key]) -> dict[Key, UserState | None]:
-        """The states of keys, all from one moment; None for those there are not."""
-        addresses = {key: self._address(key) for key in keys}
-        return self._store.settled(
-            lambda: self._store.index.find(addresses.values()),
-            lambda found: {key: self._state(key, found.get(address)) for key, address in addresses.items()},
-        )
+    def _load(self, users: Mapping[Address, str | None]) -> dict[Address, UserState | None]:
+        """The states at some addresses, whose users are given for messages; None where there is none."""
 
-    def _state(self, key: Key, entry: Entry | None) -> UserState | None:
+        def read(found: Mapping[Address, Entry]) -> dict[Address, UserState | None]:
+            return {address: self._state(user, found.get(address)) for address, user in users.items()}
+
+        return self._store.settled(lambda: self._store.index.find(users), read)
+
+    def _state(self, user: str | None, entry: Entry | None) -> UserState | None:
         try:
             return None if entry is None else self._store.state(entry)
         except Damage as damage:
-            user, name = key
+            name = "" if entry is None else entry.name
             raise Damage(f"state {name!r} of user {user!r} cannot be read: {damage}") from damage
 
     def _described(self, addresses: Sequence[Address] | None = None) -> Iterator[tuple[Entry, Facts]]:
@@ -429,23 +451,25 @@ class Bank:
             facts = self._store.facts(entry)
             return (self._user(entry, facts), entry.name), self._store.described(entry, facts)
 
-        for page in self._store.index.pages():
+        for page in self._store.index.pages(on_damage):
             for entry in page:
                 try:
                     found = self._store.settled_entry(entry, read)
                 except Damage as damage:
-                    if on_damage is None:
-                        raise
-                    on_damage(damage)
+                    _tell(damage, on_damage)
                 else:
                     if found is not None:
                         yield found
 
-    def _require_apart(self, other: Bank) -> None:
-        keys = iter(other)
-        while page := list(itertools.islice(keys, _TOGETHER)):
-            own = self._store.index.find(map(self._address, page))
-            for user, name in page:
+    def _require_apart(self, other: Bank, on_damage: Callable[[Damage], None] | None) -> None:
+        for entries in other._store.index.pages(on_damage):
+            keys: list[Key] = []
+            for entry in entries:
+                # What is damaged is not merged, and told of when the rest is.
+                with suppress(Damage):
+                    keys.append((other._user(entry, other._store.facts(entry)), entry.name))
+            own = self._store.index.find(map(self._address, keys))
+            for user, name in keys:
                 if self._address((user, name)) in own:
                     raise SteerError(
                         f"both banks have a state {name!r} of {user!r}; say with conflict whether to keep this bank's, "
@@ -484,10 +508,40 @@ class Bank:
         return UnknownUser(f"{self.path}: no state {name!r} for user {user!r}, who {has}; {others}")
 
 
+def _tell(damage: Damage, on_damage: Callable[[Damage], None] | None) -> None:
+    if on_damage is None:
+        raise damage
+    on_damage(damage)
+
+
+def _pages(states: Iterable[tuple[Key, UserState]]) -> Iterator[dict[Key, UserState]]:
+    """States in groups of some thousand, or of fewer that are large."""
+    page: dict[Key, UserState] = {}
+    nbytes = 0
+    for key, state in states:
+        page[key] = state
+        nbytes += state.nbytes
+        if len(page) == _TOGETHER or nbytes > _TOGETHER_BYTES:
+            yield page
+            page, nbytes = {}, 0
+    if page:
+        yield page
+
+
 def _checked_name(name: object) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise SteerError(f"{name!r} cannot name a state: expected 1 to 64 letters, digits, dots, dashes or underscores")
     return name
+
+
+def _require_choice(conflict: str) -> None:
+    if conflict not in get_args(Conflict):
+        raise SteerError(f"conflict={conflict!r} is not one of {', '.join(get_args(Conflict))}")
+
+
+def _require_several(users: object) -> None:
+    if isinstance(users, str):
+        raise SteerError(f"several users are expected here; write [{users!r}]")
 
 
 def _checked_user(user: object) -> bytes:

@@ -29,14 +29,17 @@ class Connection:
 
     Args:
         file: it must exist.
-        on_open: called whenever the file was opened anew, as what was read of it before need not hold any more.
+        on_open: looks at the file whenever it was opened, at first, after a fork, and when another file has taken its
+            place; what was read of it before need not hold any more. An exception refuses the file.
+        rank: of two connections that one thread uses at once, the one of lower rank has to be taken first.
     """
 
-    def __init__(self, file: Path, on_open: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, file: Path, on_open: Callable[[sqlite3.Connection], None], rank: int) -> None:
         self.file = file
+        self.rank = rank
         self._on_open = on_open
         self._lock = threading.Lock()
-        self._pid, self._wait = os.getpid(), _BUSY_SECONDS
+        self._pid, self._wait = -1, _BUSY_SECONDS
         self._open()
         with _REGISTER:
             _CONNECTIONS.add(self)
@@ -60,16 +63,16 @@ class Connection:
             if wait != self._wait:
                 db.execute(f"PRAGMA busy_timeout = {int(1000 * wait)}")
                 self._wait = wait
-            if begin:
-                db.execute(begin)
             try:
+                # Within the `try`, as Ctrl-C may come when it has just begun.
+                if begin:
+                    db.execute(begin)
                 yield db
                 if begin:
                     db.execute("COMMIT")
-            except BaseException:
+            finally:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
-                raise
 
     def close(self) -> None:
         """Closes the file; the connection cannot be used any more."""
@@ -80,16 +83,15 @@ class Connection:
         with _sqlite_errors(self.file):
             self._inode = self._found()
             self._db = _open(self.file)
-        self._pid, self._wait = os.getpid(), _BUSY_SECONDS
-        self._closer = weakref.finalize(self, self._db.close)
-        self._on_open()
+            self._wait = _BUSY_SECONDS
+            self._closer = weakref.finalize(self, _close, self._db, os.getpid())
+            self._on_open(self._db)
+            self._pid = os.getpid()
 
     def _reopen(self) -> None:
-        self._closer.detach()
-        if self._pid == os.getpid():
-            self._db.close()
-        else:
-            _INHERITED.append(self._db)
+        self._closer()
+        # Until it has been looked at, whoever comes next looks again.
+        self._pid = -1
         self._open()
 
     def _found(self) -> tuple[int, int]:
@@ -115,18 +117,26 @@ def _open(file: Path) -> sqlite3.Connection:
     return db
 
 
+def _close(db: sqlite3.Connection, pid: int) -> None:
+    if pid == os.getpid():
+        db.close()
+    else:
+        _INHERITED.append(db)
+
+
 @contextmanager
 def _sqlite_errors(file: Path) -> Iterator[None]:
     try:
         yield
-    except (sqlite3.Error, UnicodeDecodeError) as error:
-        # The latter where a damaged file gets into the text of the former.
+    except (sqlite3.Error, UnicodeDecodeError, OverflowError) as error:
+        # The others come from bytes and numbers of a damaged file.
         raise SteerError(f"{file}: the index of the bank cannot be used ({error})") from error
 
 
 def _before_fork() -> None:
     _REGISTER.acquire()
-    _HELD[:] = [connection._lock for connection in _CONNECTIONS]
+    # In the order in which a thread that has one of them may wait for another.
+    _HELD[:] = [connection._lock for connection in sorted(_CONNECTIONS, key=lambda connection: connection.rank)]
     for lock in _HELD:
         lock.acquire()
 

@@ -71,6 +71,19 @@ class Facts:
         )
 
 
+def require_storable(source: Provenance) -> None:
+    """Raises SteerError unless a provenance reads back as it is."""
+    texts = {"method": [source.method], "artifact": [source.artifact or ""]}
+    for part, values in (texts | {"sites": source.sites, "records": source.records}).items():
+        for value in values:
+            if not isinstance(value, str):
+                raise SteerError(f"{part} has {value!r}, which is no text")
+            if part != "records" and not value.isascii():
+                raise SteerError(f"{part} has {value!r}, which is more than ASCII")
+    if type(source.version) is not int or not 0 <= source.version < 1 << 31:
+        raise SteerError(f"version {source.version!r} is no whole number of a few digits")
+
+
 def to_json(value: Any, what: str) -> str:
     """JSON text that reads back as `value`, but for tuples, which become lists.
 

@@ -5,11 +5,13 @@ people.bank/
     index.sqlite                             (user, name) -> where the state lies
     segments/00000001-5f0c2a9e.safetensors   tensors of states, or what describes them
     artifacts/<hash>.safetensors             what a method shares between users
+    commits                                  number of the last commit that was begun
 """
 
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ MANIFEST = "manifest.json"
 INDEX = "index.sqlite"
 SEGMENTS = "segments"
 ARTIFACTS = "artifacts"
+COMMITS = "commits"
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,23 @@ def open_or_create(path: Path, *, create: bool, hashed: bool | None = None, salt
     return manifest
 
 
+def read_commits(path: Path) -> int:
+    """Number of the last commit that was begun in a bank; 0 where that is not known."""
+    try:
+        return int((path / COMMITS).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
+
+
+def write_commits(path: Path, count: int) -> None:
+    """Notes the number of a commit that begins, in one write of always the same length."""
+    descriptor = os.open(path / COMMITS, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.pwrite(descriptor, f"{count:019d}\n".encode(), 0)
+    finally:
+        os.close(descriptor)
+
+
 def new_token() -> str:
     """Eight random hexadecimal digits, so that writers who cannot see each other choose different names."""
     return secrets.token_hex(4)
@@ -99,6 +119,8 @@ def _create(path: Path, manifest: Manifest) -> None:
 
 def read_manifest(path: Path, version: int = VERSION) -> Manifest:
     """The manifest of a bank of that version of the format. Raises SteerError if there is none at `path`."""
+    if not path.exists():
+        raise SteerError(f"{path}: there is no bank here")
     if not path.is_dir():
         raise SteerError(f"{path}: not a bank but a file; a bank is a folder")
     if not (path / MANIFEST).is_file():
@@ -107,12 +129,14 @@ def read_manifest(path: Path, version: int = VERSION) -> Manifest:
     if described.get("format") != FORMAT:
         raise SteerError(f"{path}: not a bank, its {MANIFEST} does not say {FORMAT!r}; nothing in it was touched")
     if (found := described.get("version")) != version:
+        if version < VERSION:
+            raise SteerError(f"{path}: the bank has version {found} of the format, and not version {version}")
         todo = f"`steer bank migrate {path} NEW` makes a new one of it" if found == 1 else "update steer-toolkit"
         raise SteerError(
             f"{path}: the bank has version {found} of the format, this steer-toolkit reads version {version}; {todo}"
         )
     if not (path / INDEX).is_file():
-        raise SteerError(f"{path}: the bank has lost its {INDEX}; restore it from a copy")
+        raise SteerError(f"{path}: the bank has lost its {INDEX}; restore the whole folder from a copy")
     if version == 1:
         return Manifest(hashed=False, salt=b"")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,8 @@ class Gatherer:
         self._store = store
         self._name = name
         self._device = device
-        self._turn = threading.Lock()
+        # Only what is pinned is shared by batches.
+        self._turn: AbstractContextManager[object] = threading.Lock() if device.type == "cuda" else nullcontext()
         self._pinned = torch.empty(0, 0, dtype=torch.uint8)
         self._copied: torch.cuda.Event | None = None
 
@@ -75,7 +77,7 @@ class Gatherer:
         if self._device.type != "cpu":
             staged = staged.to(self._device, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device))
         return Rows(layout.unpack(staged), present)
 
     def _layout(self, found: Mapping[Address, Entry]) -> Layout:

@@ -62,29 +62,24 @@ def pull(source: str | Path, path: str | Path, *, on_progress: Callable[[float],
     Raises:
         SteerError: there is something at `path`, the Hub does not have it, or it is no sound bank.
     """
+    if not str(source).startswith(_HUB):
+        # Not file by file: closing a copy of the index would take away the locks that this process has on it.
+        with Bank(source, create=False) as bank:
+            return bank.copy(path, on_progress=on_progress)
     with draft_folder(Path(path).resolve()) as draft:
-        _fetch(source, draft)
+        _fetch(str(source).removeprefix(_HUB), draft)
         with Bank(draft, create=False) as bank:
             if faults := bank.verify(on_progress):
                 raise SteerError(f"{source}: the bank is damaged ({faults[0]}); nothing was written")
     return Bank(path, create=False)
 
 
-def _fetch(source: str | Path, draft: Path) -> None:
-    if not str(source).startswith(_HUB):
-        # Says what is wrong with it.
-        folder.read_manifest(Path(source))
-        for pattern in _FILES:
-            for file in Path(source).glob(pattern):
-                target = draft / file.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
-    else:
-        try:
-            snapshot_download(str(source).removeprefix(_HUB), local_dir=draft, allow_patterns=_FILES)
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise SteerError(f"{source}: cannot be fetched from the Hub ({error})") from error
-        # Where the Hub's client notes what it has fetched.
-        shutil.rmtree(draft / ".cache", ignore_errors=True)
-    for name in (folder.SEGMENTS, folder.ARTIFACTS):
-        (draft / name).mkdir(parents=True, exist_ok=True)
+def _fetch(name: str, draft: Path) -> None:
+    try:
+        snapshot_download(name, local_dir=draft, allow_patterns=_FILES)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise SteerError(f"{_HUB}{name}: cannot be fetched from the Hub ({error})") from error
+    # Where the Hub's client notes what it has fetched.
+    shutil.rmtree(draft / ".cache", ignore_errors=True)
+    for inside in (folder.SEGMENTS, folder.ARTIFACTS):
+        (draft / inside).mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from steer.state import Fingerprint
 # one is found in one tree and not in two; `number` is their order of arrival. That places are unique makes sure that no
 # two people share one.
 _SCHEMA = """
-CREATE TABLE bank (salt_check BLOB NOT NULL, generation INTEGER NOT NULL);
+CREATE TABLE bank (salt_check BLOB NOT NULL, generation INTEGER NOT NULL, commits INTEGER NOT NULL);
 CREATE TABLE models (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL);
 CREATE TABLE kinds (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL, method TEXT NOT NULL, version INTEGER NOT NULL,
@@ -173,14 +173,16 @@ class Index:
         SteerError: the file is no SQLite database, is damaged, or stays locked by another process; by any method.
     """
 
-    def __init__(self, file: Path, on_change: Callable[[], None]) -> None:
-        """`on_change` is called when files of the bank have gone since it was last read."""
+    def __init__(self, file: Path, salt_check: bytes, on_change: Callable[[], None]) -> None:
+        """`on_change` is called when files of the bank may have gone since it was last read."""
+        self._file = file
+        self._salt_check = salt_check
         self._on_change = on_change
         self._generation = -1
         # By table and id; rows of these tables never change.
         self._known: dict[tuple[str, int], Any] = {}
-        self._reader = Connection(file, self._forget)
-        self._writer = Connection(file, self._forget)
+        self._writer = Connection(file, self._check, rank=0)
+        self._reader = Connection(file, self._check, rank=1)
 
     @staticmethod
     def create(file: Path, salt_check: bytes) -> None:
@@ -189,22 +191,11 @@ class Index:
             # So that a compaction can give back pages without writing the whole file anew.
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")
             db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-            db.execute("INSERT INTO bank VALUES (?, 0)", (salt_check,))
+            db.execute("INSERT INTO bank VALUES (?, 0, 0)", (salt_check,))
 
     def close(self) -> None:
         self._reader.close()
         self._writer.close()
-
-    def check(self, salt_check: bytes) -> None:
-        """Raises SteerError unless the file has the tables of a bank, nothing else, and belongs to that salt."""
-        with closing(sqlite3.connect(":memory:")) as db:
-            db.executescript(_SCHEMA)
-            expected = _tables(db)
-        with self._reader.transaction() as db:
-            if _tables(db) != expected:
-                raise SteerError(f"{self._reader.file}: not the index of a bank, it has other tables")
-            if db.execute("SELECT salt_check FROM bank").fetchall() != [(salt_check,)]:
-                raise SteerError(f"{self._reader.file}: belongs to another bank than the manifest beside it")
 
     # Reading.
 
@@ -216,17 +207,20 @@ class Index:
         with self._reading() as db:
             return {entry.address: entry for name, some in users.items() for entry in _find(db, name, list(some))}
 
-    def pages(self) -> Iterator[list[Entry]]:
-        """All entries, in the order in which their keys came; what is written meanwhile may be among them or not."""
+    def pages(self, on_damage: Callable[[Damage], None] | None = None) -> Iterator[list[Entry]]:
+        """All entries, in the order in which their keys came; what is written meanwhile may be among them or not.
+
+        `on_damage` is told of rows that make no sense; None to raise.
+        """
         # Page by page, so that a reader who dawdles never holds a lock that a writer waits for.
         query, last = f"SELECT {_COLUMNS} FROM entries WHERE number > ? ORDER BY number LIMIT ?", -1
         while True:
             with self._reading() as db:
-                page = _entries(db.execute(query, (last, _PAGE)))
-            if not page:
+                rows = db.execute(query, (last, _PAGE)).fetchall()
+            if not rows:
                 return
-            yield page
-            last = page[-1].number
+            yield _entries(rows, on_damage)
+            last = rows[-1][0]
 
     def examples(self) -> list[list[Entry]]:
         """The oldest entries of each kind that occurs."""
@@ -319,6 +313,19 @@ class Index:
         with self._writer.transaction("BEGIN IMMEDIATE", busy_seconds) as db:
             yield Writer(db)
 
+    def _check(self, db: sqlite3.Connection) -> None:
+        """Raises SteerError unless the file has the tables of a bank, nothing else, and belongs to the manifest."""
+        self._forget()
+        with closing(sqlite3.connect(":memory:")) as like:
+            like.executescript(_SCHEMA)
+            expected = _tables(like)
+        if _tables(db) != expected:
+            raise SteerError(f"{self._file}: not the index of a bank, it has other tables")
+        if db.execute("SELECT salt_check FROM bank").fetchall() != [(self._salt_check,)]:
+            raise SteerError(
+                f"{self._file}: belongs to another bank than the manifest; if the bank was replaced, open it again"
+            )
+
     def _forget(self) -> None:
         self._known.clear()
         self._on_change()
@@ -342,13 +349,13 @@ class Index:
             with self._reader.transaction() as db:
                 row = db.execute(f"SELECT {columns} FROM {table} WHERE id = ?", (number,)).fetchone()
             if row is None:
-                raise Damage(f"{self._reader.file}: damaged, {table} has no row {number}")
+                raise Damage(f"{self._file}: damaged, {table} has no row {number}")
             try:
                 found = self._known[table, number] = convert(*row)
             except Damage:
                 raise
             except (TypeError, ValueError, KeyError) as error:
-                raise Damage(f"{self._reader.file}: damaged, row {number} of {table} makes no sense") from error
+                raise Damage(f"{self._file}: damaged, row {number} of {table} makes no sense") from error
         return found
 
     def _to_kind(
@@ -464,6 +471,17 @@ class Writer:
         self._db.executemany("DELETE FROM segments WHERE id = ?", [(segment.number,) for segment in segments])
         self._db.execute("UPDATE bank SET generation = generation + 1")
 
+    def commits(self) -> int:
+        """How many commits there have been."""
+        (count,) = self._db.execute("SELECT commits FROM bank").fetchone() or (None,)
+        if type(count) is not int:
+            raise Damage("damaged: the bank's index does not say how many commits there were")
+        return count
+
+    def count_commit(self, count: int) -> None:
+        """Notes that this is the commit of that number."""
+        self._db.execute("UPDATE bank SET commits = ?", (count,))
+
     def kind(self, kind: Kind) -> tuple[int, Kind]:
         """A kind's id, and the kind as the bank has it; it is added if it is new."""
         if kind not in self._kinds:
@@ -510,12 +528,17 @@ def _find(db: sqlite3.Connection, name: str, users: Sequence[bytes]) -> list[Ent
     return found
 
 
-def _entries(rows: Iterable[tuple[Any, ...]]) -> list[Entry]:
-    entries = list(map(Entry._make, rows))
-    for entry in entries:
+def _entries(rows: Iterable[tuple[Any, ...]], on_damage: Callable[[Damage], None] | None = None) -> list[Entry]:
+    entries = []
+    for row in rows:
         # A damaged page may hold anything, and NULL where it is not allowed.
-        if tuple(map(type, entry)) not in _TYPES:
-            raise Damage("damaged: an entry of the bank's index makes no sense")
+        if tuple(map(type, row)) in _TYPES:
+            entries.append(Entry._make(row))
+            continue
+        damage = Damage("damaged: an entry of the bank's index makes no sense")
+        if on_damage is None:
+            raise damage
+        on_damage(damage)
     return entries
 
 

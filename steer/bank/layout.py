@@ -58,6 +58,8 @@ class Layout:
     def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
         """Raises SteerError, naming the tensor, for one that is sparse or complex."""
         for name, tensor in tensors.items():
+            if not isinstance(name, str):
+                raise SteerError(f"tensor {name!r} is named by no text")
             if tensor.layout != torch.strided or _name(tensor.dtype) not in DTYPES:
                 found = f"{tensor.layout}, {tensor.dtype}"
                 raise SteerError(f"tensor {name!r} is {found}: a bank stores dense tensors of real numbers")
@@ -116,8 +118,11 @@ class Layout:
         tensors, at = {}, 0
         for slot in self.slots:
             part, dtype = packed[..., at : at + slot.nbytes], DTYPES[slot.dtype]
+            if not slot.nbytes:
+                tensors[slot.name] = torch.empty((*packed.shape[:-1], *slot.shape), dtype=dtype, device=packed.device)
+                continue
             if any(begin % dtype.itemsize for begin in (part.storage_offset(), *part.stride()[:-1])):
-                part = part.clone()
+                part = part.clone(memory_format=torch.contiguous_format)
             at += slot.nbytes
             tensors[slot.name] = part.view(dtype).reshape((*packed.shape[:-1], *slot.shape))
         return tensors
@@ -134,5 +139,5 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    plain = tensor.detach().resolve_neg().cpu().contiguous().reshape(-1)
     return plain.view(torch.uint8).numpy().tobytes()

@@ -10,18 +10,19 @@ checked by comparing it with the one that has to be there; nobody else's is ever
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import struct
-from collections import OrderedDict
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from steer.bank.layout import DTYPES
-from steer.errors import Damage
+from steer.errors import Damage, SteerError
 
 HEADER_BYTES = 4096
 SMALLEST, LARGEST = 64 << 10, 128 << 20
@@ -87,7 +88,9 @@ class Segments:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: OrderedDict[int, _File] = OrderedDict()
+        # By name, as a number is given again when the writer who had it first came to nothing.
+        self._open: dict[str, _File] = {}
+        self._opening = threading.Lock()
 
     def read(self, segment: Segment, at: int, into: memoryview) -> None:
         """Fills a buffer of bytes from element `at` on.
@@ -176,10 +179,10 @@ class Segments:
     def is_intact(self, segment: Segment) -> bool:
         """Whether the file is there, with the header and the size that it should have."""
         try:
-            self._file(segment)
+            file = self._opened(segment)
         except Damage:
             return False
-        return True
+        return os.fstat(file.descriptor).st_size == segment.end
 
     def has_rest(self, segment: Segment, used: int) -> bool:
         """Whether a killed writer left something behind the elements in use. Raises Damage."""
@@ -187,9 +190,17 @@ class Segments:
 
     def erase_rest(self, segment: Segment, used: int) -> None:
         """Erases that. Raises Damage, also if the file was damaged since it was opened."""
-        self._open[segment.number] = self._opened(segment)
+        file = self._open[segment.file] = self._opened(segment)
+        if os.fstat(file.descriptor).st_size < segment.offset(used):
+            raise Damage(f"{self.folder / segment.file}: damaged, it ends too early")
         if stretches := list(self._written(segment, used)):
             self.erase(segment, stretches)
+        if stretches or os.fstat(file.descriptor).st_size < segment.end:
+            with _File.writable(self.folder / segment.file) as own:
+                # Gives back what the zeros take, so that the next writer need not look at them.
+                os.ftruncate(own.descriptor, segment.offset(used))
+                os.ftruncate(own.descriptor, segment.end)
+                os.fsync(own.descriptor)
 
     def sync(self, segment: Segment) -> None:
         """Waits until a segment is on the disk."""
@@ -221,8 +232,10 @@ class Segments:
             try:
                 # Skips what was never written.
                 offset = max(os.lseek(file.descriptor, offset, os.SEEK_DATA), offset)
-            except OSError:
-                return
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                raise Damage(f"{self.folder / segment.file}: damaged, it cannot be read ({error})") from error
             hole = os.lseek(file.descriptor, offset, os.SEEK_HOLE)
             at = (offset - HEADER_BYTES) // segment.itemsize
             until = -(-(min(hole, end) - HEADER_BYTES) // segment.itemsize)
@@ -237,12 +250,13 @@ class Segments:
         return self.folder / segment.file
 
     def _file(self, segment: Segment) -> _File:
-        file = self._open.get(segment.number)
+        file = self._open.get(segment.file)
         if file is None:
-            file = self._open[segment.number] = self._opened(segment)
-            # Whoever reads from one that is dropped here holds on to it.
-            while len(self._open) > _KEPT_OPEN:
-                self._open.popitem(last=False)
+            with self._opening:
+                # Whoever reads from one that is dropped here holds on to it.
+                while len(self._open) >= _KEPT_OPEN:
+                    del self._open[next(iter(self._open))]
+                file = self._open[segment.file] = self._opened(segment)
         return file
 
     def _opened(self, segment: Segment) -> _File:
@@ -252,10 +266,13 @@ class Segments:
             size = os.fstat(file.descriptor).st_size
             found = os.pread(file.descriptor, HEADER_BYTES, 0)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise SteerError(f"{path}: cannot be opened now ({error.strerror})") from error
             raise Damage(f"{path}: damaged or missing, it cannot be read ({error.strerror})") from error
         if found != segment.header:
             raise Damage(f"{path}: damaged, its header is not that of a segment of {segment.capacity} {segment.dtype}")
-        if size != segment.end:
+        # A shorter one costs only what lay behind its end.
+        if size > segment.end:
             raise Damage(f"{path}: damaged, it has {size} bytes and should have {segment.end}")
         return file
 

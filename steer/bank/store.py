@@ -38,9 +38,7 @@ class Store:
     def open(cls, path: Path, manifest: Manifest) -> Store:
         """Raises SteerError for an index that is damaged, or not that of this bank."""
         segments = Segments(path / folder.SEGMENTS)
-        index = Index(path / folder.INDEX, on_change=segments.forget)
-        index.check(manifest.salt_check)
-        return cls(path, manifest, index, segments)
+        return cls(path, manifest, Index(path / folder.INDEX, manifest.salt_check, segments.forget), segments)
 
     def settled(self, find: Callable[[], Found], read: Callable[[Found], Read], found: Found | None = None) -> Read:
         """Reads what is found in the index, or has been found there before.

@@ -77,7 +77,11 @@ def _all_segment_faults(store: Store, on_progress: Progress | None) -> Iterator[
     usages = store.index.segments()
     total, done = max(sum(usage.used * usage.segment.itemsize for usage in usages), 1), 0
     for usage in usages:
-        yield from _segment_faults(store, usage.segment)
+        try:
+            yield from _segment_faults(store, usage.segment)
+        except SteerError as error:
+            # An index that cannot be asked about this one may be asked about others.
+            yield Fault(store.segments.folder / usage.segment.file, str(error))
         done += usage.used * usage.segment.itemsize
         if on_progress is not None:
             on_progress(done / total)
@@ -93,24 +97,30 @@ def _artifact_faults(store: Store) -> Iterator[Fault]:
 
 
 def _segment_faults(store: Store, segment: Segment) -> Iterator[Fault]:
-    for part, read in (("tensors", store.tensors), ("facts", store.facts)):
+    def read_facts(entry: Entry) -> None:
+        # Whole, if it has no tensors: no other pass comes to it.
+        if entry.segment is None:
+            store.state(entry)
+        else:
+            store.facts(entry)
+
+    for part, read in (("tensors", store.tensors), ("facts", read_facts)):
         for page in store.index.placed(segment, part):
             for entry in page:
                 try:
                     store.settled_entry(entry, read)
                 except Damage as damage:
                     yield _fault(store, entry, str(damage))
-    try:
-        if not _is_clean(store, segment):
-            # Perhaps it is what somebody writes at this moment; nobody does while one holds the lock.
-            with writing.writing(store) as writer:
-                still = any(usage.segment == segment for usage in writer.segments())
-                clean = not still or _is_clean(store, segment)
-            if not clean:
-                file = store.segments.folder / segment.file
-                yield Fault(file, f"{file}: holds bytes that belong to no state; `steer bank compact` drops them")
-    except SteerError as error:
-        yield Fault(store.segments.folder / segment.file, str(error))
+    file = store.segments.folder / segment.file
+    if not _is_clean(store, segment):
+        # Perhaps it is what somebody writes at this moment; nobody does while one holds the lock.
+        with writing.writing(store) as writer:
+            still = any(usage.segment == segment for usage in writer.segments())
+            clean = not still or _is_clean(store, segment)
+        if not clean:
+            yield Fault(file, f"{file}: holds bytes that belong to no state")
+    if not store.segments.is_intact(segment) and segment in [usage.segment for usage in store.index.segments()]:
+        yield Fault(file, f"{file}: damaged, its end is missing")
 
 
 def _fault(store: Store, entry: Entry, message: str) -> Fault:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from steer.bank import folder
 from steer.bank.index import Address, Entry, Kind, Stretch, Usage, Writer
@@ -27,6 +27,8 @@ from steer.bank.segment import FILE, LARGEST, SMALLEST, Segment
 from steer.bank.store import Store, facts_checksum, kind_checksum, tensors_checksum
 from steer.errors import Damage, SteerError
 from steer.files import DRAFT
+
+Conflict = Literal["error", "keep", "replace"]
 
 
 class Packed(NamedTuple):
@@ -39,14 +41,25 @@ class Packed(NamedTuple):
     facts: bytes
 
 
-def put(store: Store, states: Sequence[Packed]) -> None:
-    """Stores states in one commit, and erases those that they replace.
+def put(store: Store, states: Sequence[Packed], conflict: Conflict = "replace") -> int:
+    """Stores states in one commit, and erases those that they replace; returns how many it stored.
+
+    Args:
+        store: the bank.
+        states: no two of one address.
+        conflict: what to do where there is a state: "replace" it, "keep" it, or raise an "error".
 
     Raises:
-        SteerError: they cannot be written. Then the bank is as it was.
+        SteerError: they cannot be written, or may not; then the bank is as it was. Or what they replaced could not be
+            erased yet, and the message says so.
     """
     with writing(store) as writer:
         replaced = writer.find(state.address for state in states)
+        if replaced and conflict == "error":
+            raise SteerError(f"{store.path}: there is a state {replaced[0].name!r} of one of these users already")
+        if conflict == "keep":
+            there = {entry.address for entry in replaced}
+            states, replaced = [state for state in states if state.address not in there], []
         room = _Room(store, writer, states)
         rows = []
         for state in states:
@@ -62,6 +75,7 @@ def put(store: Store, states: Sequence[Packed]) -> None:
         writer.discard(store.stretches(replaced))
     if replaced:
         settle(store)
+    return len(states)
 
 
 def delete(store: Store, choose: Callable[[Writer], Sequence[Entry]]) -> int:
@@ -110,8 +124,13 @@ def writing(store: Store) -> Iterator[Writer]:
     try:
         with store.index.writing() as writer:
             recover(store, writer)
+            count = writer.commits() + 1
+            folder.write_commits(store.path, count)
+            writer.count_commit(count)
             yield writer
     except BaseException as error:
+        # Files that were made for it are not kept open, as they would keep their space.
+        store.segments.forget()
         recover_if_needed(store)
         if isinstance(error, OSError):
             raise SteerError(f"{store.path}: could not be written to ({error.strerror or error})") from error
@@ -119,7 +138,16 @@ def writing(store: Store) -> Iterator[Writer]:
 
 
 def recover(store: Store, writer: Writer) -> None:
-    """Removes files and erases bytes that no entry refers to: what killed writers left, and what was deleted."""
+    """Removes files and erases bytes that no entry refers to: what killed writers left, and what was deleted.
+
+    Raises:
+        Damage: there have been commits that the index does not know, so what it does not refer to may be somebody's.
+    """
+    if folder.read_commits(store.path) > writer.commits() + 1:
+        raise Damage(
+            f"{store.path}: {folder.INDEX} is older than the other files, so they do not belong together. Restore the "
+            "whole folder from one copy; nothing was changed"
+        )
     usages = writer.segments()
     for path in list(_remains(store, usages)):
         path.unlink(missing_ok=True)

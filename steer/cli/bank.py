@@ -22,7 +22,9 @@ bank = typer.Typer(help="Look into a bank, and look after it.", no_args_is_help=
 Folder = Annotated[Path, typer.Argument(help="The folder of the bank.", metavar="BANK")]
 Conflict = Annotated[
     str,
-    typer.Option(help="Where both have a state: error (and nothing is merged), keep the one there, or replace it."),
+    typer.Option(
+        help="Where both have a state: error (and nothing of that bank is merged), keep the one there, or replace it."
+    ),
 ]
 
 
@@ -34,11 +36,13 @@ def ls(
     folder: Folder,
     user: Annotated[str | None, typer.Option(help="Only this user.", show_default=False)] = None,
     name: Annotated[str | None, typer.Option(help="Only states of this name.", show_default=False)] = None,
+    hashed: bank_files.Hashed = False,
     as_json: options.Json = False,
 ) -> None:
     """List the states in a bank, one a line."""
     from steer import Bank
 
+    user = None if user is None else bank_files.user_id(user, hashed)
     rows = (row for row in Bank(folder, create=False).rows(user) if name in (None, row.name))
     if as_json:
         print(json.dumps([_plain(row) for row in rows], ensure_ascii=False))
@@ -62,12 +66,13 @@ def show(
     name: Annotated[
         str | None, typer.Argument(help="Its name; all of the user's states without it.", show_default=False)
     ] = None,
+    hashed: bank_files.Hashed = False,
     as_json: options.Json = False,
 ) -> None:
     """Show one user's states: where they came from, and their numbers."""
     from steer import Bank
 
-    store = Bank(folder, create=False)
+    store, user = Bank(folder, create=False), bank_files.user_id(user, hashed)
     names = [name] if name is not None else store.names_of(user)
     states = {name: _describe(store[user, name]) for name in names or ["style"]}
     if as_json:
@@ -87,6 +92,7 @@ def rm(
     name: Annotated[
         str | None, typer.Option(help="Only the state of this name; all of a user's without it.", show_default=False)
     ] = None,
+    hashed: bank_files.Hashed = False,
     as_json: options.Json = False,
 ) -> None:
     """Delete states, and erase their bytes from the files of the bank.
@@ -96,7 +102,7 @@ def rm(
     from steer import Bank
 
     store = Bank(folder, create=False)
-    wanted = list(dict.fromkeys(users))
+    wanted = [bank_files.user_id(user, hashed) for user in dict.fromkeys(users)]
     names = {user: store.names_of(user) if name is None else [name] for user in wanted}
     for user in wanted:
         if not names[user]:
@@ -128,7 +134,7 @@ def merge(
     on_damage = (lambda damage: options.err.print(f"left out: {damage}", soft_wrap=True)) if skip_damaged else None
     sources = [Bank(other, create=False) for other in others]
     copied: dict[str, int] = {}
-    if not folder.exists():
+    if not folder.exists() or not any(folder.iterdir()):
         with _progress(f"copying {others[0]}") as advance:
             copied[str(others[0])] = len(sources.pop(0).copy(folder, on_progress=advance, on_damage=on_damage))
     store = Bank(folder, create=False)
@@ -163,7 +169,7 @@ def verify(folder: Folder, as_json: options.Json = False) -> None:
         for fault in faults:
             options.out.print(str(fault), soft_wrap=True)
     if faults:
-        raise SteerError(f"{folder}: {len(faults)} faults; what is not listed is sound")
+        raise SteerError(f"{folder}: {len(faults)} faults")
     options.err.print(f"{len(store)} states are sound")
 
 

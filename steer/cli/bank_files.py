@@ -31,6 +31,19 @@ BankFolder = Annotated[Path, typer.Argument(help="The folder of the bank.", meta
 Name = Annotated[str, typer.Option(help="Name of the states in the bank.")]
 
 
+Hashed = Annotated[
+    bool,
+    typer.Option("--hashed", help="The users are given by their hashes, as a bank that keeps only those lists them."),
+]
+
+
+def user_id(text: str, hashed: bool) -> str:
+    """The id of a user, or the hash in its place."""
+    from steer.bank import UserHash
+
+    return UserHash(text) if hashed else text
+
+
 def import_(
     folder: BankFolder,
     files: Annotated[
@@ -63,6 +76,7 @@ def import_(
         ),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace states that are there under the name.")] = False,
+    hashed: Hashed = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -81,7 +95,7 @@ def import_(
     from steer.interop import vector_files
 
     layers = None if layer is None else options.parse_layers(layer)
-    sources = _by_user(_expanded(files), user)
+    sources = {user_id(whose, hashed): file for whose, file in _by_user(_expanded(files), user).items()}
     lm = None if model is None else options.load(model, device, dtype)
     states: dict[str, UserState] = {}
     with progress_bar() as progress:
@@ -94,7 +108,8 @@ def import_(
         for whose in states:
             if name in store.names_of(whose):
                 raise SteerError(f"{whose!r} has a state {name!r} already; nothing was imported. --replace replaces it")
-    store.update({(whose, name): state for whose, state in states.items()})
+    # Again, as somebody may have stored one in the meantime.
+    store.update({(whose, name): state for whose, state in states.items()}, conflict="replace" if replace else "error")
     rows = [
         {
             "user": whose,
@@ -135,6 +150,7 @@ def export(
         typer.Option(help="With gguf: the model's architecture, such as llama, for who reads it.", show_default=False),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace files that are there.")] = False,
+    hashed: Hashed = False,
     as_json: options.Json = False,
 ) -> None:
     """Write states from a bank to files, one a user.
@@ -156,7 +172,8 @@ def export(
             f"--model-hint is for --format gguf; {format_} files name the model that a state was read from"
         )
     store = Bank(folder, create=False)
-    targets = _targets(store, out, user, name, format_, replace)
+    users = None if user is None else [user_id(whose, hashed) for whose in user]
+    targets = _targets(store, out, users, name, format_, replace)
     places: set[str] = set()
     with progress_bar() as progress:
         task = progress.add_task("users", total=len(targets))
