@@ -233,6 +233,12 @@ def test_gathered_rows_are_those_of_the_states(bank: Bank) -> None:
     before = rows.tensors["v"].clone()
     gather(["user-1"] * 6)
     assert torch.equal(rows.tensors["v"], before)
+    # Unless that is asked for.
+    again = gather(["user-2", None], into=rows)
+    assert again.packed.data_ptr() == rows.packed.data_ptr()
+    assert np.array_equal(again.tensors["v"][0].numpy(), kept["user-2"]["v"])
+    assert not again.tensors["v"][1].any()
+    assert gather(["user-2"] * 7, into=rows).packed.data_ptr() != rows.packed.data_ptr()
     empty = gather([None, None])
     assert not empty.found.any()
     assert empty.tensors["keys"].shape == (2, 2, 3)

@@ -195,18 +195,19 @@ class Bank:
         states = self._load({address: user for address, user in zip(addresses, users, strict=True) if address})
         return [None if address is None else states[address] for address in addresses]
 
-    def gatherer(self, name: str, device: str | torch.device = "cpu") -> Callable[[Sequence[str | None]], Rows]:
+    def gatherer(self, name: str, device: str | torch.device = "cpu") -> Callable[..., Rows]:
         """A function that reads the tensors of a batch of users at once: `bank.gatherer("style")(["ada", None])`.
 
         It leaves out what describes the states and costs the same whatever the number of users in the bank: for those
-        who bind tensors themselves. For a GPU it keeps a pinned buffer, so make it once.
+        who bind tensors themselves. For a GPU it keeps a pinned buffer, so make it once. `into=rows` reads into the
+        memory of an earlier result that is no longer needed.
 
         Args:
             name: of the states.
             device: where the tensors are to be.
         """
         gather = Gatherer(self._store, _checked_name(name), torch.device(device))
-        return lambda users: gather(self._addresses(users, name))
+        return lambda users, into=None: gather(self._addresses(users, name), into)
 
     # Writing.
 

@@ -27,10 +27,12 @@ class Rows:
     Attributes:
         tensors: by name; zeros in rows without a state.
         found: which rows have a state; on the CPU.
+        packed: the memory that they were read into, which may serve the next batch.
     """
 
     tensors: Mapping[str, Shaped[Tensor, "row *shape"]]
     found: Bool[Tensor, " row"]
+    packed: UInt8[Tensor, "row byte"]
 
 
 class Gatherer:
@@ -50,8 +52,12 @@ class Gatherer:
         self._pinned = torch.empty(0, 0, dtype=torch.uint8)
         self._copied: torch.cuda.Event | None = None
 
-    def __call__(self, addresses: Sequence[Address | None]) -> Rows:
+    def __call__(self, addresses: Sequence[Address | None], into: Rows | None = None) -> Rows:
         """Reads the rows of these addresses, all from one moment.
+
+        Args:
+            addresses: one a row; None for a row of zeros.
+            into: an earlier result that is no longer needed: its memory is written to, if it is large enough.
 
         Raises:
             SteerError: the states are of several kinds or shapes, there are none of this name at all, or one is
@@ -60,25 +66,36 @@ class Gatherer:
         index = self._store.index
         wanted = [address for address in addresses if address is not None]
         with self._turn:
-            return self._store.settled(lambda: index.find(wanted), lambda found: self._read(addresses, found))
+            return self._store.settled(lambda: index.find(wanted), lambda found: self._read(addresses, found, into))
 
-    def _read(self, addresses: Sequence[Address | None], found: Mapping[Address, Entry]) -> Rows:
+    def _read(self, addresses: Sequence[Address | None], found: Mapping[Address, Entry], into: Rows | None) -> Rows:
         layout = self._layout(found)
-        staged = self._staging(len(addresses), layout.nbytes)
-        entries = [None if address is None else found.get(address) for address in addresses]
-        present = torch.tensor([entry is not None for entry in entries], dtype=torch.bool)
-        staged[~present] = 0
+        rows, size = len(addresses), layout.nbytes
+        packed = None
+        if into is not None and into.packed.shape[0] >= rows and into.packed.shape[1] == size:
+            packed = into.packed[:rows]
+        staged = self._staging(rows, size, packed)
         # Flat, as cutting a memoryview is much faster than indexing an array.
-        memory, size = staged.view(-1).numpy().data, layout.nbytes
-        self._store.fill(
-            [entry for entry in entries if entry is not None],
-            [memory[row * size : (row + 1) * size] for row, entry in enumerate(entries) if entry is not None],
-        )
-        if self._device.type != "cpu":
-            staged = staged.to(self._device, non_blocking=True)
+        memory = staged.view(-1).numpy().data
+        entries, buffers, present = [], [], []
+        for row, address in enumerate(addresses):
+            entry = None if address is None else found.get(address)
+            present.append(entry is not None)
+            if entry is None:
+                staged[row] = 0
+            else:
+                entries.append(entry)
+                buffers.append(memory[row * size : (row + 1) * size])
+        self._store.fill(entries, buffers)
+        if self._device.type == "cpu":
+            packed = staged
+        elif packed is None:
+            packed = staged.to(self._device, non_blocking=True)
+        else:
+            packed.copy_(staged, non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._device))
-        return Rows(layout.unpack(staged), present)
+        return Rows(layout.unpack(packed), torch.tensor(present, dtype=torch.bool), packed)
 
     def _layout(self, found: Mapping[Address, Entry]) -> Layout:
         index = self._store.index
@@ -97,7 +114,9 @@ class Gatherer:
             )
         return index.layout(kinds.pop()[1])
 
-    def _staging(self, rows: int, nbytes: int) -> UInt8[Tensor, "row byte"]:
+    def _staging(self, rows: int, nbytes: int, packed: UInt8[Tensor, "row byte"] | None) -> UInt8[Tensor, "row byte"]:
+        if self._device.type == "cpu" and packed is not None:
+            return packed
         if self._device.type != "cuda":
             return torch.empty(rows, nbytes, dtype=torch.uint8)
         if self._copied is not None:
