@@ -11,8 +11,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import FAST, in_child
 from torch import Tensor
 
 import steer
@@ -32,8 +32,6 @@ MODEL = Fingerprint("tiny", '{"hidden_size": 4}', tuple(range(256)))
 OTHER = Fingerprint("other", '{"hidden_size": 8}', tuple(range(256)))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64]
 
-# Hundreds of commits, each of which waits for the disk several times: in memory where there is such a folder.
-FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -82,22 +80,6 @@ def flip(file: Path, at: int) -> None:
     content = bytearray(file.read_bytes())
     content[at] ^= 1
     file.write_bytes(content)
-
-
-def in_child(work: Callable[[], None]) -> int:
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            # A deadlock is to be a failure.
-            signal.alarm(20)
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return child
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import sqlite3
 import struct
 import subprocess
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import FAST, in_child, succeeded
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -26,7 +26,6 @@ from steer.bank import Bank
 from steer.errors import SteerError
 from steer.state import Artifact, Fingerprint, Provenance, UserState
 
-FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None
 MODEL = Fingerprint("tiny", '{"hidden_size": 4}', tuple(range(256)))
 ARTIFACT = Artifact("style", 1, MODEL, {"population": torch.ones(16)})
 KEYS = [(f"user-{number}", name) for number in range(40) for name in ("style", "memory")]
@@ -195,21 +194,6 @@ def test_what_is_sound_is_saved_into_a_new_bank(whole: Path, file: str) -> None:
 # Where one may not write, and where there is no room
 
 
-def in_child(work: Callable[[], None]) -> None:
-    """Does something in a process of its own; its exception is a failure here."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
-
-
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_read_only_bank_can_be_read(whole: Path) -> None:
     with tempfile.TemporaryDirectory(dir=FAST) as folder:
@@ -242,7 +226,7 @@ def test_a_read_only_bank_can_be_read(whole: Path) -> None:
                 Bank(Path(folder) / "new.bank")
 
         before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
-        in_child(work)
+        assert succeeded(in_child(work))
         assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
         for path in (target, *target.rglob("*")):
             path.chmod(0o755)
@@ -281,7 +265,7 @@ def test_a_full_disk_costs_nothing(whole: Path) -> None:
             assert failures > 5
             assert bank.verify() == []
 
-        in_child(work)
+        assert succeeded(in_child(work))
 
 
 def test_a_full_file_system_costs_nothing(whole: Path) -> None:

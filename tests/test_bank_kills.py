@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import FAST
 
 from steer.bank import Bank
 from steer.bank import upkeep as upkeep_module
@@ -25,7 +26,6 @@ from steer.state import Provenance, UserState
 
 Key = tuple[str, str]
 
-FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None
 USERS = [f"user-{number}" for number in range(24)]
 NAMES = ["style", "memory"]
 KEYS = [(user, name) for user in USERS for name in NAMES]

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from processes import FAST
 
 from steer.bank import Bank, UserHash
 from steer.bank import upkeep as upkeep_module
@@ -25,7 +26,6 @@ from steer.bank import writing as writing_module
 from steer.errors import SteerError, UnknownUser
 from steer.state import Provenance, UserState
 
-FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None
 Key = tuple[str, str]
 
 users = st.sampled_from(["ada", "bob", "böb", "../c", "d" * 900, "אבג"])

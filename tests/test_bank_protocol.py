@@ -11,7 +11,6 @@ import sqlite3
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import FAST, in_child, succeeded
 
 from steer.bank import Bank, UserHash, hub
 from steer.bank import segment as segment_module
@@ -26,7 +26,6 @@ from steer.bank.index import Writer
 from steer.errors import SteerError
 from steer.state import Artifact, Fingerprint, Provenance, UserState
 
-FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None
 MODEL = Fingerprint("tiny", '{"hidden_size": 4}', tuple(range(256)))
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -49,25 +48,6 @@ def folder() -> Iterator[Path]:
 @pytest.fixture
 def bank(folder: Path) -> Bank:
     return Bank(folder / "people.bank")
-
-
-def forked(work: Callable[[], object]) -> int:
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            signal.alarm(20)
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return child
-
-
-def succeeded(child: int) -> bool:
-    return os.waitpid(child, 0)[1] == 0
 
 
 # Interruptions
@@ -189,7 +169,7 @@ def test_a_folder_is_pulled_without_losing_locks(folder: Path, bank: Bank, monke
             time.sleep(0.01)
         Bank(bank.path).update({("carol", "style"): state(3.0)})
 
-    other = forked(write_when_told)
+    other = in_child(write_when_told)
 
     def slow(writer: Writer, rows: Any) -> None:
         if not go.exists():
@@ -273,7 +253,7 @@ def test_forks_beside_a_thread_that_writes_and_one_that_gathers(bank: Bank) -> N
     for thread in threads:
         thread.start()
     try:
-        assert all(succeeded(forked(child)) for _ in range(15))
+        assert all(succeeded(in_child(child)) for _ in range(15))
     finally:
         stop.set()
         for thread in threads:

@@ -8,13 +8,14 @@ import shutil
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from processes import FAST, in_child, succeeded
 
 from steer.bank import Bank, UserHash, hub
 from steer.bank import upkeep as upkeep_module
@@ -23,7 +24,6 @@ from steer.bank.migrate import migrate
 from steer.errors import SteerError, UnknownUser
 from steer.state import Artifact, Fingerprint, Provenance, UserState
 
-FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None
 MODEL = Fingerprint("tiny", '{"hidden_size": 4}', tuple(range(256)))
 VERSION_1 = Path(__file__).parent / "data" / "bank-v1"
 
@@ -355,7 +355,7 @@ def test_readers_beside_a_writer_who_replaces_and_compacts(bank: Bank, processes
     stop = threading.Event()
     failures: list[BaseException] = []
     if processes:
-        children = [_forked(lambda: read(Bank(bank.path), 60)) for _ in range(2)]
+        children = [in_child(lambda: read(Bank(bank.path), 60)) for _ in range(2)]
     else:
         seen: list[set[int]] = []
 
@@ -377,7 +377,7 @@ def test_readers_beside_a_writer_who_replaces_and_compacts(bank: Bank, processes
             bank.update({("guest", "style"): state(0.0)})
             bank.forget(["guest"])
     if processes:
-        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        assert [succeeded(child) for child in children] == [True, True]
     else:
         stop.set()
         for reader in readers:
@@ -385,20 +385,6 @@ def test_readers_beside_a_writer_who_replaces_and_compacts(bank: Bank, processes
         assert failures == []
         assert len(set.union(*seen)) > 2
     assert bank.verify() == []
-
-
-def _forked(work: Callable[[], object]) -> int:
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return child
 
 
 # Merging and copying

@@ -19,7 +19,7 @@ from steer.bank.gather import Gatherer, Rows
 from steer.bank.index import Address, Entry, Kind, Writer
 from steer.bank.layout import Layout
 from steer.bank.store import Store
-from steer.bank.upkeep import Compaction, Fault
+from steer.bank.upkeep import Compaction, Fault, Progress
 from steer.bank.writing import Conflict, Packed
 from steer.errors import Damage, SteerError, UnknownUser
 from steer.files import draft_folder
@@ -27,9 +27,6 @@ from steer.state import Artifact, Provenance, UserState
 
 Key = tuple[str, str]
 """User and name of a state."""
-
-Progress = Callable[[float], None]
-"""Told from time to time what share of the work is done."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HASHED = re.compile(r"[0-9a-f]{32}")

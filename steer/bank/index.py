@@ -60,6 +60,8 @@ _COLUMNS = (
     "number, user, name, kind, layout, segment, at, checksum, facts_segment, facts_at, facts_length, facts_checksum"
 )
 _SEGMENT = "id, file, dtype, capacity, used, dead"
+# Of kinds: those that still occur.
+_ALIVE = "EXISTS (SELECT 1 FROM entries WHERE kind = kinds.id)"
 
 # An update rather than a replacement, which would move the entry to the end of the order.
 _PUT = """
@@ -234,16 +236,14 @@ class Index:
         return int(self._column("SELECT COUNT(*) FROM entries")[0])
 
     def names(self) -> list[str]:
-        alive = "EXISTS (SELECT 1 FROM entries WHERE kind = kinds.id)"
-        return self._column(f"SELECT DISTINCT name FROM kinds WHERE {alive} ORDER BY name")
+        return self._column(f"SELECT DISTINCT name FROM kinds WHERE {_ALIVE} ORDER BY name")
 
     def names_of(self, user: bytes) -> list[str]:
         return self._column("SELECT name FROM entries WHERE user = ? ORDER BY name", user)
 
     def artifacts(self) -> list[str]:
         """Hashes of the artifacts that states need."""
-        alive = "EXISTS (SELECT 1 FROM entries WHERE kind = kinds.id)"
-        return self._column(f"SELECT DISTINCT artifact FROM kinds WHERE artifact IS NOT NULL AND {alive}")
+        return self._column(f"SELECT DISTINCT artifact FROM kinds WHERE artifact IS NOT NULL AND {_ALIVE}")
 
     def kind(self, number: int) -> Kind:
         """Raises Damage where there is none of that number, as the next three do."""

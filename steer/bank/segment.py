@@ -1,8 +1,8 @@
 """Segments: safetensors files of a fixed size, which fill up from the front.
 
 A segment holds one flat tensor, `values`, of one dtype. States take stretches of it, one after another; what is not
-taken is zero, and takes no place on disks that know sparse files. Nothing moves within a segment and no place is ever
-used twice, so that whoever has looked a place up reads that state there or finds that it is gone.
+taken is zero, and takes no place on disks that know sparse files. Nothing moves within a segment and no two states that
+were stored ever had one place, so that whoever has looked a place up reads that state there or finds that it is gone.
 
 The header always takes the first 4,096 bytes. The place of an element follows from its number, then, and a header is
 checked by comparing it with the one that has to be there; nobody else's is ever parsed.
@@ -16,7 +16,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,13 +151,14 @@ class Segments:
                 offset = _write(file.descriptor, b"".join(parts[start : start + _BUFFERS]), offset)
             os.fsync(file.descriptor)
 
-    def copy(self, source: Segment, at: int, length: int, target: Segment, to: int) -> None:
-        """Copies elements; `sync` has to follow."""
+    def copy(self, stretches: Iterable[tuple[Segment, int, int]], target: Segment) -> None:
+        """Fills a segment with stretches of others, each its segment, first element and length; waits for the disk."""
         with _File.writable(self._checked(target)) as file:
-            for chunk in self.chunks(source, at, at + length):
-                to_offset = target.offset(to)
-                to += len(chunk) // target.itemsize
-                _write(file.descriptor, chunk, to_offset)
+            offset = target.offset(0)
+            for source, at, length in stretches:
+                for chunk in self.chunks(source, at, at + length):
+                    offset = _write(file.descriptor, chunk, offset)
+            os.fsync(file.descriptor)
 
     def erase(self, segment: Segment, stretches: Sequence[tuple[int, int]]) -> None:
         """Overwrites stretches, given as first element and number of elements, with zeros, and waits for the disk.
@@ -201,11 +202,6 @@ class Segments:
                 os.ftruncate(own.descriptor, segment.offset(used))
                 os.ftruncate(own.descriptor, segment.end)
                 os.fsync(own.descriptor)
-
-    def sync(self, segment: Segment) -> None:
-        """Waits until a segment is on the disk."""
-        with _File.writable(self._checked(segment)) as file:
-            os.fsync(file.descriptor)
 
     def sync_folder(self) -> None:
         """Waits until the names of the files are on the disk."""

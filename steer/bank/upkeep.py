@@ -15,6 +15,7 @@ from steer.bank.store import Store
 from steer.errors import Damage, SteerError
 
 Progress = Callable[[float], None]
+"""Told from time to time what share of the work is done."""
 
 # A segment is written anew when at least this share of it holds nothing that anybody needs.
 _WASTE = 1 / 8
@@ -192,12 +193,11 @@ def _pack(store: Store, writer: Writer, numbers: set[int]) -> None:
         target = writer.add_segment(folder.new_token(), sources[0].dtype, total)
         store.segments.create(target)
         to = 0
-        for source, stretch in taken:
-            store.segments.copy(source, stretch.at, stretch.length, target, to)
+        for _, stretch in taken:
             writer.move(stretch, target, to)
             to += stretch.length
         writer.use(target, total)
-        store.segments.sync(target)
+        store.segments.copy([(source, stretch.at, stretch.length) for source, stretch in taken], target)
         store.segments.sync_folder()
     writer.retire(sources)
 
