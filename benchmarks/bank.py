@@ -454,9 +454,11 @@ def work(job: Mapping[str, Any]) -> dict[str, float]:
     opened = time.perf_counter()
     found = store.gather(asked[0])
     first = time.perf_counter()
-    peak = memory()
+    peak, seconds = memory(), []
     for users in asked[1:]:
+        begin = time.perf_counter()
         found = store.gather(users)
+        seconds.append(time.perf_counter() - begin)
         peak = {key: max(peak[key], now) for key, now in memory().items()}
     after = memory()
     store.close()
@@ -464,6 +466,7 @@ def work(job: Mapping[str, Any]) -> dict[str, float]:
     return {
         "ms to open": 1e3 * (opened - start),
         "ms to open and gather": 1e3 * (first - start),
+        "ms to gather": 1e3 * statistics.median(seconds),
         "anonymous MiB": after["RssAnon"] - before["RssAnon"],
         "anonymous MiB, peak": peak["RssAnon"] - before["RssAnon"],
         "mapped MiB": after["RssFile"] - before["RssFile"],
@@ -532,7 +535,8 @@ def table(case: Mapping[str, Any]) -> Iterator[str]:
         insert, size_ = found.get("insert"), found.get("size")
         built = f"{insert['users per second']:9,.0f} users/s {size_['allocated'] / 2**20:9,.1f} MiB" if insert else ""
         yield (
-            f"{way:15} {built:34} warm {found['warm']['median ms']:7.3f} p99 {found['warm']['p99 ms']:7.3f} ms  "
+            f"{way:15} {built:34} warm {found['warm']['median ms']:7.3f} p99 {found['warm']['p99 ms']:7.3f} "
+            f"alone {found['fresh']['ms to gather']:7.3f} ms  "
             f"cold {found['cold']['median ms']:8.1f} ms  open {found['fresh']['ms to open']:7.2f} ms  "
             f"memory {found['fresh']['anonymous MiB']:6.2f} MiB"
         )
