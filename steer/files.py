@@ -26,10 +26,7 @@ def draft(path: Path) -> Iterator[Path]:
     unfinished = _beside(path)
     try:
         unfinished.touch()
-        usual = unfinished.stat().st_mode
         yield unfinished
-        # Newer safetensors leave a file that only its owner may read, which would lock others out.
-        unfinished.chmod(usual)
         sync(unfinished)
         os.replace(unfinished, path)
         # The name lives in the folder: without this a power cut may lose the file after the renaming.

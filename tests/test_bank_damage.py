@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from steer.bank import Bank
 from steer.errors import SteerError
+from steer.interop import state_files
 from steer.state import Artifact, Fingerprint, Provenance, UserState
 
 MODEL = Fingerprint("tiny", '{"hidden_size": 4}', tuple(range(256)))
@@ -266,6 +267,24 @@ def test_a_full_disk_costs_nothing(whole: Path) -> None:
             assert bank.verify() == []
 
         assert succeeded(in_child(work))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_files_of_tensors_that_find_no_room(whole: Path, tmp_path: Path) -> None:
+    large = Artifact("style", 1, MODEL, {"population": torch.ones(100_000)})
+
+    def work() -> None:
+        bank = Bank(whole)
+        before = sorted(path.name for path in (whole / "artifacts").iterdir())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        with pytest.raises(SteerError, match=rf"{large.hash}.safetensors: could not be written \(File too large\)"):
+            bank.put_artifact(large)
+        assert sorted(path.name for path in (whole / "artifacts").iterdir()) == before
+        with pytest.raises(SteerError, match=r"ada.safetensors: could not be written \(File too large\)"):
+            state_files.write(tmp_path / "ada.safetensors", UserState(Provenance("m", 1), dict(large.tensors)))
+        assert list(tmp_path.iterdir()) == []
+
+    assert succeeded(in_child(work))
 
 
 def test_a_full_file_system_costs_nothing(whole: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 
 from steer.bank.facts import to_json
 from steer.errors import Damage
@@ -48,8 +48,9 @@ def save(file: Path, artifact: Artifact) -> None:
     metadata = {"artifact": to_json(described, f"the {artifact.method} artifact")}
     # Clones, as safetensors refuses tensors that share storage and would have to save a view's base.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in artifact.tensors.items()}
+    content = serialized(tensors, metadata)
     with draft(file) as unfinished:
-        save_file(tensors, unfinished, metadata)
+        unfinished.write_bytes(content)
 
 
 def load(file: Path, digest: str) -> Artifact:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 
 from steer.bank.facts import to_json
 from steer.errors import SteerError
@@ -50,13 +50,14 @@ def write(path: str | Path, state: UserState) -> None:
     path, source = Path(path), state.provenance
     content = {"version": VERSION, "provenance": source.to_json(), "data": dict(state.data)}
     described = to_json(content, f"{path}: this {source.method} state")
+    try:
+        # Clones, as safetensors refuses tensors that share storage and would have to save a view's base.
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.tensors.items()}
+        packed = serialized(tensors, {_KEY: described})
+    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise SteerError(f"{path}: this {source.method} state has a tensor that is not stored ({error})") from None
     with draft(path) as unfinished:
-        try:
-            # Clones, as safetensors refuses tensors that share storage and would have to save a view's base.
-            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.tensors.items()}
-            save_file(tensors, unfinished, {_KEY: described})
-        except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
-            raise SteerError(f"{path}: this {source.method} state has a tensor that is not stored ({error})") from None
+        unfinished.write_bytes(packed)
 
 
 def read(path: Path) -> UserState | dict[str, Tensor]:
