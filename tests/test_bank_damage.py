@@ -23,7 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from steer.bank import Bank
-from steer.errors import SteerError
+from steer.bank.layout import Layout
+from steer.errors import Damage, SteerError
 from steer.interop import state_files
 from steer.state import Artifact, Fingerprint, Provenance, UserState
 
@@ -355,3 +356,12 @@ def test_segments_are_safetensors_files(whole: Path) -> None:
         assert torch.isin(expected(key).tensors["v"], values).all()
     with safe_open(next((whole / "segments").iterdir()), "pt") as opened:
         assert opened.metadata() == {"format": "steer-bank"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "3", "[[1]]", '[["v", "f32", [1]]]', '[["v", "bool", [-1]]]', '[["v", "bool", [1]], ["v", "bool", [2]]]'],
+)
+def test_what_is_no_layout_is_damage(text: str) -> None:
+    with pytest.raises(Damage, match="is not the layout of a state"):
+        Layout.from_json(text)

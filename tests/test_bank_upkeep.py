@@ -9,6 +9,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from steer.bank import upkeep as upkeep_module
 from steer.bank import writing as writing_module
 from steer.bank.migrate import migrate
 from steer.errors import SteerError, UnknownUser
+from steer.interop import state_files
 from steer.state import Artifact, Fingerprint, Provenance, UserState
 
 MODEL = Fingerprint("tiny", '{"hidden_size": 4}', tuple(range(256)))
@@ -239,6 +241,8 @@ def test_gathered_rows_are_those_of_the_states(bank: Bank) -> None:
     assert np.array_equal(again.tensors["v"][0].numpy(), kept["user-2"]["v"])
     assert not again.tensors["v"][1].any()
     assert gather(["user-2"] * 7, into=rows).packed.data_ptr() != rows.packed.data_ptr()
+    with pytest.raises(SteerError, match="into is on meta, and these rows are to be on cpu"):
+        gather(["user-2"], into=replace(rows, packed=rows.packed.to("meta")))
     empty = gather([None, None])
     assert not empty.found.any()
     assert empty.tensors["keys"].shape == (2, 2, 3)
@@ -256,6 +260,28 @@ def test_tensors_of_several_dtypes_are_gathered(bank: Bank, dtypes: list[torch.d
         assert tensor.dtype == make(3)[name].dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_the_order_of_tensors_does_not_matter(bank: Bank, folder: Path, dtype: torch.dtype) -> None:
+    """A file has them in another order."""
+
+    def make(number: int) -> UserState:
+        v = torch.tensor(number)
+        return UserState(Provenance("m", 1), {"z": torch.arange(3) + v, "n": v.to(dtype), "a": v.repeat(2, 2)})
+
+    bank.update({(f"user-{number}", "x"): make(number) for number in range(6)})
+    for number in (1, 4):
+        state_files.write(folder / "x.safetensors", bank[f"user-{number}", "x"])
+        turned = state_files.read(folder / "x.safetensors")
+        assert isinstance(turned, UserState)
+        assert list(turned.tensors) != list(make(number).tensors)
+        bank[f"user-{number}", "x"] = turned
+    batch = [4, 0, None, 1, 5, 4]
+    rows = bank.gatherer("x")([None if number is None else f"user-{number}" for number in batch])
+    for name in ("z", "n", "a"):
+        expected = [make(number or 0).tensors[name] * (number is not None) for number in batch]
+        assert torch.equal(rows.tensors[name], torch.stack(expected))
+
+
 def test_states_that_make_no_batch_are_refused(bank: Bank) -> None:
     bank.update(
         {
@@ -263,11 +289,17 @@ def test_states_that_make_no_batch_are_refused(bank: Bank) -> None:
             ("bob", "style"): state(1.0, 9),
             ("dan", "style"): state(1.0, sites=("z[1]",)),
             ("eve", "style"): state(1.0, version=2),
+            ("fay", "style"): state(1.0, model=Fingerprint("other", "long" * 1000, (1,))),
         }
     )
     gather = bank.gatherer("style")
-    for user, told in [("bob", r"\(9,\)"), ("dan", r"z\[1\]"), ("eve", "version=2")]:
-        with pytest.raises(SteerError, match=rf"do not fit into one batch.*{told}"):
+    for user, told in [
+        ("bob", r"tensors v float32 \[8\] and tensors v float32 \[9\]"),
+        ("dan", r"sites \('embed',\) and sites \('z\[1\]',\)"),
+        ("eve", "version 1 and version 2"),
+        ("fay", r"model tiny \([0-9a-f]{10}\) and model other \([0-9a-f]{10}\)"),
+    ]:
+        with pytest.raises(SteerError, match=rf"do not fit into one batch: there are {told}. Use"):
             gather(["ada", user])
         assert gather([user]).found.all()
     with pytest.raises(SteerError, match="nobody has a state 'memory'"):

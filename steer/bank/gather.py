@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 
-from steer.bank.index import Address, Entry
-from steer.bank.layout import Layout
+from steer.bank.index import Address, Entry, Kind
 from steer.bank.store import Store
 from steer.errors import SteerError
 
@@ -61,15 +60,18 @@ class Gatherer:
 
         Raises:
             SteerError: the states are of several kinds or shapes, there are none of this name at all, or one is
-                damaged.
+                damaged; or `into` is on another device.
         """
+        if into is not None and into.packed.device != (own := torch.empty(0, device=self._device).device):
+            raise SteerError(f"into is on {into.packed.device}, and these rows are to be on {own}")
         index = self._store.index
         wanted = [address for address in addresses if address is not None]
         with self._turn:
             return self._store.settled(lambda: index.find(wanted), lambda found: self._read(addresses, found, into))
 
     def _read(self, addresses: Sequence[Address | None], found: Mapping[Address, Entry], into: Rows | None) -> Rows:
-        layout = self._layout(found)
+        number = self._layout(found)
+        layout = self._store.index.layout(number)
         rows, size = len(addresses), layout.nbytes
         packed = None
         if into is not None and into.packed.shape[0] >= rows and into.packed.shape[1] == size:
@@ -78,6 +80,7 @@ class Gatherer:
         # Flat, as cutting a memoryview is much faster than indexing an array.
         memory = staged.view(-1).numpy().data
         entries, buffers, present = [], [], []
+        others: dict[int, list[int]] = {}
         for row, address in enumerate(addresses):
             entry = None if address is None else found.get(address)
             present.append(entry is not None)
@@ -86,7 +89,11 @@ class Gatherer:
             else:
                 entries.append(entry)
                 buffers.append(memory[row * size : (row + 1) * size])
+                if entry.layout != number:
+                    others.setdefault(entry.layout, []).append(row)
         self._store.fill(entries, buffers)
+        for other, some in others.items():
+            staged[some] = self._store.index.layout(other).reordered(staged[some], layout)
         if self._device.type == "cpu":
             packed = staged
         elif packed is None:
@@ -97,7 +104,8 @@ class Gatherer:
             self._copied.record(torch.cuda.current_stream(self._device))
         return Rows(layout.unpack(packed), torch.tensor(present, dtype=torch.bool), packed)
 
-    def _layout(self, found: Mapping[Address, Entry]) -> Layout:
+    def _layout(self, found: Mapping[Address, Entry]) -> int:
+        """The number of the rows' layout: one of those found, which may differ in the order of the tensors only."""
         index = self._store.index
         kinds = {(entry.kind, entry.layout) for entry in found.values()}
         if not kinds:
@@ -105,14 +113,22 @@ class Gatherer:
             if not kinds:
                 raise SteerError(f"{self._store.path}: nobody has a state {self._name!r}")
             kinds = {min(kinds)}
-        if len(kinds) > 1:
-            (one, first), (other, second), *_ = [(index.kind(kind), index.layout(layout)) for kind, layout in kinds]
-            difference = f"{one} and {other}" if one != other else f"{first.slots} and {second.slots}"
-            raise SteerError(
-                f"the states {self._name!r} of these users do not fit into one batch: there are {difference}. Use "
-                "`get_many`, or gather them apart"
-            )
-        return index.layout(kinds.pop()[1])
+        first, *others = sorted(kinds)
+        one = self._traits(*first)
+        for other in (self._traits(*other) for other in others):
+            if parts := [part for part in one if one[part] != other[part]]:
+                there = " and ".join(", ".join(f"{part} {traits[part]}" for part in parts) for traits in (one, other))
+                raise SteerError(
+                    f"the states {self._name!r} of these users do not fit into one batch: there are {there}. Use "
+                    "`get_many`, or gather them apart"
+                )
+        return first[1]
+
+    def _traits(self, kind: int, layout: int) -> dict[str, object]:
+        """In what the states of a batch have to agree."""
+        traits = {field.name: getattr(self._store.index.kind(kind), field.name) for field in fields(Kind)}
+        slots = sorted(self._store.index.layout(layout).slots)
+        return traits | {"tensors": ", ".join(f"{slot.name} {slot.dtype} {list(slot.shape)}" for slot in slots)}
 
     def _staging(self, rows: int, nbytes: int, packed: UInt8[Tensor, "row byte"] | None) -> UInt8[Tensor, "row byte"]:
         if self._device.type == "cpu" and packed is not None:

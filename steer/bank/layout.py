@@ -70,7 +70,7 @@ class Layout:
         """Raises Damage for what is no layout."""
         try:
             slots = tuple(Slot(name, dtype, tuple(shape)) for name, dtype, shape in json.loads(text))
-            if all(
+            if len({slot.name for slot in slots}) == len(slots) and all(
                 isinstance(slot.name, str)
                 and slot.dtype in DTYPES
                 and all(isinstance(size, int) and size >= 0 for size in slot.shape)
@@ -126,6 +126,12 @@ class Layout:
             at += slot.nbytes
             tensors[slot.name] = part.view(dtype).reshape((*packed.shape[:-1], *slot.shape))
         return tensors
+
+    def reordered(self, packed: Tensor, other: Layout) -> Tensor:
+        """The bytes `[*rows, nbytes]` of states of this layout in another one, of the same tensors."""
+        parts = packed.split([slot.nbytes for slot in self.slots], dim=-1)
+        by_name = {slot.name: part for slot, part in zip(self.slots, parts, strict=True)}
+        return torch.cat([by_name[slot.name] for slot in other.slots], dim=-1)
 
 
 @lru_cache(maxsize=1024)
