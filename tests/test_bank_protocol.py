@@ -410,6 +410,7 @@ def test_an_artifact_can_be_put_back_and_goes_along(folder: Path, bank: Bank) ->
     assert bank.copy(folder / "copy.bank").has_artifact(digest)
     file = bank.path / "artifacts" / f"{digest}.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
+    assert [fault.file for fault in bank.verify()] == [file]
     damages: list[SteerError] = []
     with pytest.raises(SteerError, match="damaged"):
         Bank(bank.path).copy(folder / "strict.bank")
@@ -419,6 +420,14 @@ def test_an_artifact_can_be_put_back_and_goes_along(folder: Path, bank: Bank) ->
     again = Bank(bank.path)
     assert again.put_artifact(artifact) == digest
     assert torch.equal(again.artifact(digest).tensors["population"], torch.ones(4))
+
+
+@pytest.mark.parametrize("digest", ["ab" * 32, "../secret"])
+def test_verify_says_which_artifact_is_not_there(bank: Bank, digest: str) -> None:
+    bank["ada", "style"] = state(1.0, artifact=digest)
+    (fault,) = bank.verify()
+    assert f"has no artifact {digest}, which states need" in str(fault)
+    assert "damaged" not in str(fault)
 
 
 def test_a_senseless_row_costs_one_entry_and_is_listed(folder: Path, bank: Bank) -> None:

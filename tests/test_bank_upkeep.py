@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from processes import FAST, in_child, succeeded
 
 from steer.bank import Bank, UserHash, hub
@@ -565,24 +566,32 @@ def test_what_goes_to_the_hub(folder: Path, bank: Bank, monkeypatch: pytest.Monk
             calls.append({"repo_id": repo_id, **options})
             shutil.copytree(folder_path, remote)
 
-    def download(repo_id: str, *, local_dir: Path, allow_patterns: list[str]) -> str:
-        calls.append({"repo_id": repo_id, "allow_patterns": allow_patterns})
-        shutil.copytree(remote, local_dir)
+    def download(repo_id: str, *, local_dir: Path, **patterns: Any) -> str:
+        calls.append({"repo_id": repo_id, **patterns})
+        there = [str(path.relative_to(remote)) for path in remote.rglob("*") if path.is_file()]
+        for path in filter_repo_objects(there, **patterns):
+            (local_dir / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(remote / path, local_dir / path)
         (local_dir / ".cache" / "huggingface").mkdir(parents=True)
         return str(local_dir)
 
     monkeypatch.setattr(hub, "HfApi", Client)
     monkeypatch.setattr(hub, "snapshot_download", download)
-    bank.update({("ada", "style"): state(1.0)})
+    # That its artifact is not there is no damage.
+    bank.update({("ada", "style"): state(1.0, artifact="ab" * 32)})
     hub.push(bank, "hf://somebody/people")
+    (remote / "README.md").touch()
+    (remote / "segments" / "more").mkdir()
+    (remote / "segments" / "more" / "x.safetensors").touch()
     pulled = hub.pull("hf://somebody/people", folder / "pulled.bank")
     assert list(pulled) == [("ada", "style")]
     assert [call["repo_id"] for call in calls] == ["somebody/people"] * 3
     assert calls[0]["private"]
     assert calls[1]["delete_patterns"] == calls[1]["allow_patterns"] == calls[2]["allow_patterns"]
     assert sorted(path.name for path in pulled.path.iterdir()) == [
-        "artifacts", "commits", "index.sqlite", "manifest.json", "segments"
+        "artifacts", "index.sqlite", "manifest.json", "segments"
     ]  # fmt: skip
+    assert all(path.is_file() for path in (pulled.path / "segments").iterdir())
 
 
 def test_the_hub_cannot_be_reached(folder: Path, bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:

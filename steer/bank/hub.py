@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from steer.bank import folder
 from steer.bank.bank import Bank
+from steer.bank.upkeep import NoArtifact
 from steer.errors import SteerError
 from steer.files import draft_folder
 
@@ -69,14 +70,16 @@ def pull(source: str | Path, path: str | Path, *, on_progress: Callable[[float],
     with draft_folder(Path(path).resolve()) as draft:
         _fetch(str(source).removeprefix(_HUB), draft)
         with Bank(draft, create=False) as bank:
-            if faults := bank.verify(on_progress):
+            # Which artifacts it ever had, a bank does not know.
+            if faults := [fault for fault in bank.verify(on_progress) if not isinstance(fault, NoArtifact)]:
                 raise SteerError(f"{source}: the bank is damaged ({faults[0]}); nothing was written")
     return Bank(path, create=False)
 
 
 def _fetch(name: str, draft: Path) -> None:
     try:
-        snapshot_download(name, local_dir=draft, allow_patterns=_FILES)
+        # A star stands for slashes too, and a bank has no folders in folders.
+        snapshot_download(name, local_dir=draft, allow_patterns=_FILES, ignore_patterns="*/*/*")
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise SteerError(f"{_HUB}{name}: cannot be fetched from the Hub ({error})") from error
     # Where the Hub's client notes what it has fetched.

@@ -41,6 +41,10 @@ class Fault:
         return f"{whose}{self.message}"
 
 
+class NoArtifact(Fault):
+    """An artifact that states need and that is not in the bank; perhaps it was never put there."""
+
+
 @dataclass(frozen=True)
 class Compaction:
     """What a compaction did.
@@ -89,8 +93,15 @@ def _all_segment_faults(store: Store, on_progress: Progress | None) -> Iterator[
 
 
 def _artifact_faults(store: Store) -> Iterator[Fault]:
+    inside = store.path / folder.ARTIFACTS
+    stored = artifacts.stored(inside)
     for digest in store.index.artifacts():
-        file = store.path / folder.ARTIFACTS / f"{digest}.safetensors"
+        if digest not in stored:
+            yield NoArtifact(
+                inside, f"{store.path}: has no artifact {digest}, which states need; `put_artifact` stores it"
+            )
+    for digest in stored:
+        file = inside / f"{digest}.safetensors"
         try:
             artifacts.load(file, digest)
         except SteerError as error:
