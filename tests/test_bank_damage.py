@@ -204,12 +204,7 @@ def test_a_read_only_bank_can_be_read(whole: Path) -> None:
         Path(folder).chmod(0o755)
 
         def work() -> None:
-            if os.getuid() == 0:
-                # Root may write anywhere.
-                os.setuid(65534)
-            else:
-                for path in (target, *target.rglob("*")):
-                    path.chmod(0o555 if path.is_dir() else 0o444)
+            give_up_writing(target)
             bank = Bank(target)
             assert all(_reads(bank, key) for key in KEYS)
             assert bank.gatherer("style")([KEYS[0][0]]).found.all()
@@ -232,6 +227,39 @@ def test_a_read_only_bank_can_be_read(whole: Path) -> None:
         assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
         for path in (target, *target.rglob("*")):
             path.chmod(0o755)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_what_a_killed_writer_left_is_told_where_one_may_not_erase_it(whole: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=FAST) as folder:
+        target = Path(folder) / "people.bank"
+        shutil.copytree(whole, target)
+        Path(folder).chmod(0o755)
+        file = max((target / "segments").iterdir())
+        content = bytearray(file.read_bytes())
+        content[-3] = 7
+        file.write_bytes(content)
+
+        def work() -> None:
+            give_up_writing(target)
+            (fault,) = Bank(target).verify()
+            assert fault.file == file
+            assert "holds bytes that belong to no state, and they cannot be erased" in str(fault)
+
+        assert succeeded(in_child(work))
+        for path in (target, *target.rglob("*")):
+            path.chmod(0o755)
+        assert Bank(target).verify() == []
+
+
+def give_up_writing(target: Path) -> None:
+    """From here on this process may not write to a folder."""
+    if os.getuid() == 0:
+        # Root may write anywhere.
+        os.setuid(65534)
+    else:
+        for path in (target, *target.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -126,11 +126,15 @@ def _segment_faults(store: Store, segment: Segment) -> Iterator[Fault]:
     file = store.segments.folder / segment.file
     if not _is_clean(store, segment):
         # Perhaps it is what somebody writes at this moment; nobody does while one holds the lock.
-        with writing.writing(store) as writer:
-            still = any(usage.segment == segment for usage in writer.segments())
-            clean = not still or _is_clean(store, segment)
+        why = ""
+        try:
+            with writing.writing(store) as writer:
+                still = any(usage.segment == segment for usage in writer.segments())
+                clean = not still or _is_clean(store, segment)
+        except SteerError as error:
+            clean, why = False, f", and they cannot be erased ({error})"
         if not clean:
-            yield Fault(file, f"{file}: holds bytes that belong to no state")
+            yield Fault(file, f"{file}: holds bytes that belong to no state{why}")
     if not store.segments.is_intact(segment) and segment in [usage.segment for usage in store.index.segments()]:
         yield Fault(file, f"{file}: damaged, its end is missing")
 
