@@ -44,8 +44,10 @@ def draft_folder(path: Path) -> Iterator[Path]:
     Raises:
         SteerError: there is something at the place, or it cannot be written to; nothing of the folder is left.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not is_free(path):
         raise SteerError(f"{path}: exists already; give a place where nothing is")
+    if os.path.ismount(path):
+        raise SteerError(f"{path}: a file system is mounted here, and no folder can take its place; give one inside it")
     unfinished = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +58,16 @@ def draft_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
     except OSError as error:
         raise SteerError(f"{path}: could not be written ({error.strerror or error})") from error
+    except SteerError as error:
+        # The draft is gone when this is read.
+        raise type(error)(str(error).replace(str(unfinished), str(path))) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def is_free(path: Path) -> bool:
+    """Whether there is nothing at a place, or a folder with nothing in it."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def sync(path: Path) -> None:

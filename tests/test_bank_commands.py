@@ -53,7 +53,39 @@ def test_ls_lists_states_and_filters_them(folder: Path, monkeypatch: pytest.Monk
     assert json.loads(run("ls", folder, "--user", "nobody", "--json").stdout) == []
 
 
+def test_ls_shows_all_of_every_id_and_no_control_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    users = {"long." * 50: "long." * 50, "a\x1b[2Jb\x07\n": r"a\x1b[2Jb\x07\n", "\u202eabc": r"\u202eabc", "Zoë": "Zoë"}
+    bank = Bank(tmp_path / "people.bank")
+    bank.update({(user, "style"): state(1.0) for user in users})
+    lines = run("ls", bank.path).stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [*users.values()]
+    assert r"\u202eabc / style" in run("show", bank.path, "\u202eabc").stdout
+
+
+def test_what_is_damaged_does_not_hide_the_rest(folder: Path, tmp_path: Path) -> None:
+    """Of one the facts, so that nobody knows whose it is, and of one the tensors."""
+    for pattern in (torch.full((4,), 2.0).numpy().tobytes(), b'"user": "[bold]bob"'):
+        for path in (folder / "segments").iterdir():
+            path.write_bytes(path.read_bytes().replace(pattern, pattern[:-2] + b"x" + pattern[-1:]))
+    listed = run("ls", folder, "--json", status=1)
+    assert "1 entries cannot be read" in str(listed.exception)
+    assert [(row["user"], row["name"]) for row in json.loads(listed.stdout)] == [("ada", "style"), ("ada", "memory")]
+    assert "memory" in run("ls", folder, status=1).stdout
+    for name, written in (("style", ["ada"]), ("memory", [])):
+        exported = run("export", folder, tmp_path / name, "--name", name, "--json", status=1)
+        assert "states are left out" in str(exported.exception)
+        assert "left out: 1 entries cannot be read" in exported.stderr
+        assert ("left out: state 'memory' of user 'ada'" in exported.stderr) == (name == "memory")
+        assert [row["user"] for row in json.loads(exported.stdout)["files"]] == written
+        assert [path.stem for path in (tmp_path / name).iterdir()] == written
+
+
 def test_show_prints_one_users_states(folder: Path) -> None:
+    Bank(folder)["ada", "large"] = UserState(Provenance("m", 1), {"v": torch.full((4,), 1e30)})
+    shown = json.loads(run("show", folder, "ada", "large", "--json").stdout)
+    assert shown["states"]["large"]["tensors"]["v"]["norm"] == pytest.approx(2e30)
+    del Bank(folder)["ada", "large"]
     shown = json.loads(run("show", folder, "ada", "--json").stdout)
     assert set(shown["states"]) == {"style", "memory"}
     assert shown["states"]["memory"]["tensors"]["v"]["norm"] == 4.0
@@ -82,7 +114,30 @@ def test_merge_makes_the_bank_or_adds_to_it(folder: Path, tmp_path: Path) -> Non
     assert float(Bank(both)["ada", "style"].tensors["v"][0]) == 1
     run("merge", both, other.path, "--conflict", "replace")
     assert float(Bank(both)["ada", "style"].tensors["v"][0]) == -1
-    assert "not one of" in refused("merge", both, other.path, "--conflict", "mine")
+    for target in (both, tmp_path / "new.bank"):
+        assert "--conflict mine is not one of" in refused("merge", target, other.path, "--conflict", "mine")
+    assert not (tmp_path / "new.bank").exists()
+    (tmp_path / "file").touch()
+    assert "not a bank but a file" in refused("merge", tmp_path / "file", folder)
+    twice = run("merge", tmp_path / "new.bank", other.path, other.path, "--conflict", "keep").stderr
+    assert "copied 2 states" in twice
+
+
+def test_merge_makes_a_hashed_bank(folder: Path, tmp_path: Path) -> None:
+    new, other = tmp_path / "new.bank", Bank(tmp_path / "other.bank")
+    other["carol", "style"] = state(5.0)
+    run("merge", new, folder, other.path, "--hashed")
+    bank = Bank(new, hashed=True)
+    assert len(bank) == 4
+    assert float(bank["carol", "style"].tensors["v"][0]) == 5
+    assert not any(b'"user": "' in path.read_bytes() for path in new.rglob("*") if path.is_file())
+    (row,) = json.loads(run("ls", new, "--name", "memory", "--json").stdout)
+    shown = json.loads(run("show", new, row["user"], "--by-hash", "--json").stdout)
+    assert set(shown["states"]) == {"style", "memory"}
+    assert "keeps user ids as they are" in refused("merge", folder, other.path, "--hashed")
+    # A hashed one stays so.
+    run("merge", tmp_path / "again.bank", new)
+    assert Bank(tmp_path / "again.bank").hashed
 
 
 def test_verify_lists_damage_and_merge_saves_the_rest(folder: Path, tmp_path: Path) -> None:

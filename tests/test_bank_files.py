@@ -136,6 +136,24 @@ def test_nothing_is_replaced_unasked(people: Path, tmp_path: Path) -> None:
     assert vector_files.read(tmp_path / "ada.gguf").data["model_hint"] == "llama"
 
 
+def test_a_new_bank_is_made_with_all_that_is_asked_for(people: Path, tmp_path: Path) -> None:
+    new, file = tmp_path / "new.bank", tmp_path / "ada.gguf"
+    vector_files.write_gguf(file, state())
+    for options in (["--name", "a/b"], ["--by-hash"], ["--by-hash", "--hashed"], ["--user", "x" * 2000]):
+        with pytest.raises(steer.SteerError):
+            run("import", new, file, *options)
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["people.bank"]
+    run("import", new, file, "--hashed")
+    bank = steer.Bank(new, hashed=True)
+    ((user, _),) = bank
+    run("import", new, file, "--by-hash", "--user", user, "--replace")
+    assert list(bank) == [(user, "style")]
+    run("export", new, tmp_path / "out", "--by-hash", "--user", user)
+    assert (tmp_path / "out" / f"{user}.safetensors").exists()
+    with pytest.raises(steer.SteerError, match="keeps user ids as they are"):
+        run("import", people, file, "--hashed", "--user", "new")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 import threading
 import traceback
@@ -23,7 +24,8 @@ from steer.bank import Bank, UserHash, hub
 from steer.bank import upkeep as upkeep_module
 from steer.bank import writing as writing_module
 from steer.bank.migrate import migrate
-from steer.errors import SteerError, UnknownUser
+from steer.errors import Damage, SteerError, UnknownUser
+from steer.files import draft_folder
 from steer.interop import state_files
 from steer.state import Artifact, Fingerprint, Provenance, UserState
 
@@ -456,6 +458,31 @@ def test_a_copy_is_packed_and_independent(folder: Path, bank: Bank) -> None:
     with pytest.raises(SteerError, match="exists already"):
         bank.copy(folder / "copy.bank")
     assert sorted(path.name for path in folder.iterdir()) == ["copy.bank", "people.bank"]
+
+
+def test_errors_name_the_place_that_was_given(folder: Path) -> None:
+    def fail() -> None:
+        with draft_folder(folder / "new.bank") as draft:
+            draft.mkdir()
+            raise Damage(f"{draft}/segments: damaged")
+
+    with pytest.raises(Damage, match=f"^{folder}/new.bank/segments: damaged$"):
+        fail()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_bank_cannot_take_the_place_of_a_mounted_file_system(folder: Path) -> None:
+    place = folder / "mounted"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a file system")
+    try:
+        with pytest.raises(SteerError, match="mounted: a file system is mounted here"):
+            Bank(place)
+        with Bank(place / "people.bank") as bank:
+            assert len(bank) == 0
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 def test_a_hashed_bank_can_be_merged_into_its_copy(folder: Path) -> None:

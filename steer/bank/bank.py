@@ -303,16 +303,18 @@ class Bank:
         self,
         path: str | Path,
         *,
+        hashed: bool = False,
         on_progress: Progress | None = None,
         on_damage: Callable[[Damage], None] | None = None,
     ) -> Bank:
         """A copy of the bank, packed, at a place where nothing is; it is there when everything is in it.
 
-        It has the salt of this one, so that hashes mean the same users in both. The rest is as for `merge`.
+        It has the salt of this one, so that hashes mean the same users in both. With `hashed` it keeps only hashes of
+        user ids, also where this one has ids. The rest is as for `merge`.
         """
         target, manifest = Path(path).resolve(), self._store.manifest
         with draft_folder(target) as draft:
-            folder.open_or_create(draft, create=True, hashed=manifest.hashed, salt=manifest.salt)
+            folder.open_or_create(draft, create=True, hashed=hashed or manifest.hashed, salt=manifest.salt)
             with Bank(draft) as bank:
                 bank.merge(self, on_progress=on_progress, on_damage=on_damage)
                 bank.compact()

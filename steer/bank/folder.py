@@ -23,7 +23,7 @@ from typing import Any
 
 from steer.bank.index import Index
 from steer.errors import SteerError
-from steer.files import draft_folder
+from steer.files import draft_folder, is_free
 
 FORMAT = "steer-bank"
 VERSION = 2
@@ -70,7 +70,7 @@ def open_or_create(path: Path, *, create: bool, hashed: bool | None = None, salt
         SteerError: there is none and none may be created, something else is there, a version that is not known, or one
             that keeps user ids otherwise than asked for.
     """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if is_free(path):
         if not create:
             raise SteerError(f"{path}: there is no bank here")
         _create(path, Manifest(bool(hashed), salt or secrets.token_bytes(16)))

@@ -72,7 +72,8 @@ def pull(source: str | Path, path: str | Path, *, on_progress: Callable[[float],
         with Bank(draft, create=False) as bank:
             # Which artifacts it ever had, a bank does not know.
             if faults := [fault for fault in bank.verify(on_progress) if not isinstance(fault, NoArtifact)]:
-                raise SteerError(f"{source}: the bank is damaged ({faults[0]}); nothing was written")
+                first = str(faults[0]).replace(str(draft), str(source))
+                raise SteerError(f"{source}: the bank is damaged ({first}); nothing was written")
     return Bank(path, create=False)
 
 

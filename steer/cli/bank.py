@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from steer.cli import bank_files, options
 from steer.errors import SteerError
+from steer.files import is_free
 
 bank = typer.Typer(help="Look into a bank, and look after it.", no_args_is_help=True)
 
@@ -28,6 +30,7 @@ Conflict = Annotated[
 ]
 
 
+_COLUMNS = ("user", "name", "method", "sites", "records", "bytes", "model")
 _PAGE = 1000
 
 
@@ -36,27 +39,27 @@ def ls(
     folder: Folder,
     user: Annotated[str | None, typer.Option(help="Only this user.", show_default=False)] = None,
     name: Annotated[str | None, typer.Option(help="Only states of this name.", show_default=False)] = None,
-    hashed: bank_files.Hashed = False,
+    by_hash: bank_files.ByHash = False,
     as_json: options.Json = False,
 ) -> None:
     """List the states in a bank, one a line."""
     from steer import Bank
 
-    user = None if user is None else bank_files.user_id(user, hashed)
-    rows = (row for row in Bank(folder, create=False).rows(user) if name in (None, row.name))
+    user = None if user is None else bank_files.user_id(user, by_hash)
+    damages: list[SteerError] = []
+    found = bank_files.sound(Bank(folder, create=False).rows(user), damages)
+    rows = (_plain(row) for row in found if name in (None, row.name))
     if as_json:
-        print(json.dumps([_plain(row) for row in rows], ensure_ascii=False))
-        return
-    count, users = 0, set[str]()
-    # By pages, so that a bank of millions begins to appear at once.
-    while page := list(islice(rows, _PAGE)):
-        table = Table("user", "name", "method", "sites", "records", "bytes", "model", box=None)
-        for row in page:
-            sites = ", ".join(row.sites)
-            table.add_row(row.user, row.name, row.method, sites, str(row.records), str(row.nbytes), row.model or "any")
-        options.out.print(table)
-        count, users = count + len(page), users | {row.user for row in page}
-    options.err.print(f"{count} states of {len(users)} users")
+        print(json.dumps(list(rows), ensure_ascii=False))
+    else:
+        count, users = 0, set[str]()
+        # By pages, so that a bank of millions begins to appear at once.
+        while page := list(islice(rows, _PAGE)):
+            options.print_table(_COLUMNS, ([_cell(row[column]) for column in _COLUMNS] for row in page))
+            count, users = count + len(page), users | {row["user"] for row in page}
+        options.err.print(f"{count} states of {len(users)} users")
+    if damages:
+        raise damages[0]
 
 
 @bank.command("show")
@@ -66,23 +69,24 @@ def show(
     name: Annotated[
         str | None, typer.Argument(help="Its name; all of the user's states without it.", show_default=False)
     ] = None,
-    hashed: bank_files.Hashed = False,
+    by_hash: bank_files.ByHash = False,
     as_json: options.Json = False,
 ) -> None:
     """Show one user's states: where they came from, and their numbers."""
     from steer import Bank
 
-    store, user = Bank(folder, create=False), bank_files.user_id(user, hashed)
+    store, user = Bank(folder, create=False), bank_files.user_id(user, by_hash)
     names = [name] if name is not None else store.names_of(user)
     states = {name: _describe(store[user, name]) for name in names or ["style"]}
     if as_json:
         print(json.dumps({"user": user, "states": states}, ensure_ascii=False))
         return
     for title, facts in states.items():
-        table = Table(title=f"{user} / {title}", show_header=False, box=None, title_justify="left")
-        for key, value in facts.items():
-            table.add_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-        options.out.print(table)
+        rows = (
+            (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            for key, value in facts.items()
+        )
+        options.print_table(("", ""), rows, title=f"{user} / {title}")
 
 
 @bank.command("rm")
@@ -92,7 +96,7 @@ def rm(
     name: Annotated[
         str | None, typer.Option(help="Only the state of this name; all of a user's without it.", show_default=False)
     ] = None,
-    hashed: bank_files.Hashed = False,
+    by_hash: bank_files.ByHash = False,
     as_json: options.Json = False,
 ) -> None:
     """Delete states, and erase their bytes from the files of the bank.
@@ -102,7 +106,7 @@ def rm(
     from steer import Bank
 
     store = Bank(folder, create=False)
-    wanted = [bank_files.user_id(user, hashed) for user in dict.fromkeys(users)]
+    wanted = [bank_files.user_id(user, by_hash) for user in dict.fromkeys(users)]
     names = {user: store.names_of(user) if name is None else [name] for user in wanted}
     for user in wanted:
         if not names[user]:
@@ -123,6 +127,7 @@ def merge(
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Leave out states that cannot be read, and say which.")
     ] = False,
+    hashed: bank_files.Hashed = False,
     as_json: options.Json = False,
 ) -> None:
     """Copy the states of other banks into a bank, which is made if there is none; they stay as they are.
@@ -130,17 +135,21 @@ def merge(
     With --skip-damaged it saves what can be saved of a damaged bank.
     """
     from steer import Bank
+    from steer.bank import writing
 
+    if conflict not in (choices := get_args(writing.Conflict)):
+        raise SteerError(f"--conflict {conflict} is not one of {', '.join(choices)}")
     on_damage = (lambda damage: options.err.print(f"left out: {damage}", soft_wrap=True)) if skip_damaged else None
-    sources = [Bank(other, create=False) for other in others]
-    copied: dict[str, int] = {}
-    if not folder.exists() or not any(folder.iterdir()):
-        with _progress(f"copying {others[0]}") as advance:
-            copied[str(others[0])] = len(sources.pop(0).copy(folder, on_progress=advance, on_damage=on_damage))
-    store = Bank(folder, create=False)
-    for source, other in zip(sources, others[len(copied) :], strict=True):
-        with _progress(f"merging {other}") as advance:
-            copied[str(other)] = store.merge(
+    sources = [(str(other), Bank(other, create=False)) for other in others]
+    copied: Counter[str] = Counter()
+    if is_free(folder):
+        name, source = sources.pop(0)
+        with _progress(f"copying {name}") as advance:
+            copied[name] = len(source.copy(folder, hashed=hashed, on_progress=advance, on_damage=on_damage))
+    store = Bank(folder, create=False, hashed=hashed or None)
+    for name, source in sources:
+        with _progress(f"merging {name}") as advance:
+            copied[name] += store.merge(
                 source,
                 conflict=conflict,  # type: ignore[arg-type]
                 on_progress=advance,
@@ -192,7 +201,7 @@ def compact(folder: Folder, as_json: options.Json = False) -> None:
 def migrate(
     folder: Folder,
     new: Annotated[Path, typer.Argument(help="The folder of the new bank.", metavar="NEW")],
-    hashed: Annotated[bool, typer.Option("--hashed", help="Keep hashes of user ids in place of the ids.")] = False,
+    hashed: bank_files.Hashed = False,
     as_json: options.Json = False,
 ) -> None:
     """Make a bank of the present format from one of version 1, which stays as it is."""
@@ -254,6 +263,10 @@ def _say_moved(states: int, target: Path | str, as_json: bool) -> None:
         options.err.print(f"{states} states in {target}", soft_wrap=True)
 
 
+def _cell(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else "any" if value is None else str(value)
+
+
 def _size(nbytes: int) -> str:
     for unit in ("bytes", "kB", "MB"):
         if nbytes < 1000:
@@ -282,12 +295,13 @@ def _describe(state: Any) -> dict[str, Any]:
         "sites": list(source.sites),
         "settings": dict(source.settings),
         "calibration": dict(source.calibration),
-        "artifact": source.artifact or "none",
+        "artifact": source.artifact or "none needed",
         "tensors": {
             name: {
                 "shape": list(tensor.shape),
                 "dtype": str(tensor.dtype),
-                "norm": round(tensor.float().norm().item(), 4),
+                # Of vectors whose square is more than a float, too.
+                "norm": round(math.hypot(*tensor.double().flatten().tolist()), 4),
             }
             for name, tensor in state.tensors.items()
         },

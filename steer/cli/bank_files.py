@@ -6,20 +6,23 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 from urllib.parse import unquote
 
 import typer
-from rich.table import Table
 
 from steer.cli import options
 from steer.cli.extract import progress_bar
-from steer.errors import SteerError
+from steer.errors import Damage, SteerError
+from steer.files import draft_folder, is_free
 
 if TYPE_CHECKING:
     from steer import Bank, UserState
+    from steer.bank import Row
+    from steer.bank.writing import Conflict
     from steer.inject.positions import Positions
 
 _FORMATS = ("safetensors", "gguf")
@@ -31,17 +34,26 @@ BankFolder = Annotated[Path, typer.Argument(help="The folder of the bank.", meta
 Name = Annotated[str, typer.Option(help="Name of the states in the bank.")]
 
 
-Hashed = Annotated[
+ByHash = Annotated[
     bool,
-    typer.Option("--hashed", help="The users are given by their hashes, as a bank that keeps only those lists them."),
+    typer.Option("--by-hash", help="The users are given by their hashes, as a bank that keeps only those lists them."),
 ]
+Hashed = Annotated[bool, typer.Option("--hashed", help="A new bank keeps hashes of user ids in place of the ids.")]
 
 
-def user_id(text: str, hashed: bool) -> str:
+def user_id(text: str, by_hash: bool) -> str:
     """The id of a user, or the hash in its place."""
     from steer.bank import UserHash
 
-    return UserHash(text) if hashed else text
+    return UserHash(text) if by_hash else text
+
+
+def sound(rows: Iterator[Row], damages: list[SteerError]) -> Iterator[Row]:
+    """The rows of a bank; what is damaged, which they tell at the end, goes into a list."""
+    try:
+        yield from rows
+    except SteerError as error:
+        damages.append(error)
 
 
 def import_(
@@ -77,6 +89,7 @@ def import_(
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace states that are there under the name.")] = False,
     hashed: Hashed = False,
+    by_hash: ByHash = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
@@ -95,7 +108,9 @@ def import_(
     from steer.interop import vector_files
 
     layers = None if layer is None else options.parse_layers(layer)
-    sources = {user_id(whose, hashed): file for whose, file in _by_user(_expanded(files), user).items()}
+    if by_hash and is_free(folder):
+        raise SteerError(f"--by-hash: {folder} is no bank yet, which could know users by their hashes")
+    sources = {user_id(whose, by_hash): file for whose, file in _by_user(_expanded(files), user).items()}
     lm = None if model is None else options.load(model, device, dtype)
     states: dict[str, UserState] = {}
     with progress_bar() as progress:
@@ -103,13 +118,16 @@ def import_(
         for whose, file in sources.items():
             states[whose] = vector_files.read(file, lm=lm, layers=layers, positions=cast("Positions | None", positions))
             progress.advance(task)
-    store = Bank(folder)
-    if not replace:
-        for whose in states:
+    conflict: Conflict = "replace" if replace else "error"
+    # A new bank is there with the states in it, or not at all.
+    place = draft_folder(folder.resolve()) if is_free(folder) else nullcontext(folder)
+    with place as path, Bank(path, hashed=hashed or None) as store:
+        for whose in [] if replace else states:
             if name in store.names_of(whose):
                 raise SteerError(f"{whose!r} has a state {name!r} already; nothing was imported. --replace replaces it")
-    # Again, as somebody may have stored one in the meantime.
-    store.update({(whose, name): state for whose, state in states.items()}, conflict="replace" if replace else "error")
+        # Again, as somebody may have stored one in the meantime.
+        store.update({(whose, name): state for whose, state in states.items()}, conflict=conflict)
+    store = Bank(folder, create=False)
     rows = [
         {
             "user": whose,
@@ -150,7 +168,7 @@ def export(
         typer.Option(help="With gguf: the model's architecture, such as llama, for who reads it.", show_default=False),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace files that are there.")] = False,
-    hashed: Hashed = False,
+    by_hash: ByHash = False,
     as_json: options.Json = False,
 ) -> None:
     """Write states from a bank to files, one a user.
@@ -172,22 +190,39 @@ def export(
             f"--model-hint is for --format gguf; {format_} files name the model that a state was read from"
         )
     store = Bank(folder, create=False)
-    users = None if user is None else [user_id(whose, hashed) for whose in user]
+    damages: list[SteerError] = []
+    if user is None:
+        users = [row.user for row in sound(store.rows(), damages) if row.name == name]
+        if not users and not damages:
+            raise SteerError(
+                f"{store.path}: nobody has a state {name!r}; there are {', '.join(store.names()) or 'none'}"
+            )
+    else:
+        users = [user_id(whose, by_hash) for whose in dict.fromkeys(user)]
+        for whose in users:
+            if name not in store.names_of(whose):
+                # It says what there is.
+                store[whose, name]
     targets = _targets(store, out, users, name, format_, replace)
     places: set[str] = set()
+    rows: list[dict[str, Any]] = []
     with progress_bar() as progress:
         task = progress.add_task("users", total=len(targets))
         for whose, file in targets.items():
-            state = store[whose, name]
-            if format_ == "gguf":
-                digest = state.provenance.artifact
+            progress.advance(task)
+            try:
+                state = store[whose, name]
+                digest = state.provenance.artifact if format_ == "gguf" else None
                 artifact = None if digest is None else store.artifact(digest)
+            except Damage as damage:
+                damages.append(damage)
+                continue
+            if format_ == "gguf":
                 vector_files.write_gguf(file, state, artifact=artifact, model_hint=model_hint or "")
                 places.add(state.provenance.settings.get("positions", "all"))
             else:
                 state_files.write(file, state)
-            progress.advance(task)
-    rows = [{"user": whose, "file": str(file), "bytes": file.stat().st_size} for whose, file in targets.items()]
+            rows.append({"user": whose, "file": str(file), "bytes": file.stat().st_size})
     if as_json:
         result = {"bank": str(folder), "name": name, "format": format_, "files": rows}
         print(json.dumps(result, ensure_ascii=False))
@@ -196,6 +231,10 @@ def export(
         options.err.print(f"{len(rows)} files in {out}")
     if elsewhere := sorted(places - {"all"}):
         options.err.print(f"Other programs add these vectors at all tokens; here it was at: {', '.join(elsewhere)}")
+    for error in damages:
+        options.err.print(f"left out: {error}", soft_wrap=True)
+    if damages:
+        raise SteerError(f"{folder}: damaged, so that states are left out; `steer bank verify {folder}` lists them")
 
 
 def file_stems(users: Sequence[str]) -> dict[str, str]:
@@ -252,33 +291,18 @@ def _by_user(files: Sequence[Path], user: str | None) -> dict[str, Path]:
     return sources
 
 
-def _targets(store: Bank, out: Path, users: list[str] | None, name: str, ending: str, replace: bool) -> dict[str, Path]:
+def _targets(store: Bank, out: Path, users: list[str], name: str, ending: str, replace: bool) -> dict[str, Path]:
     """Where each user's file goes. Raises SteerError if that would fail, before any is written."""
-    if users is None:
-        wanted = [row.user for row in store.rows() if row.name == name]
-        if not wanted:
-            raise SteerError(
-                f"{store.path}: nobody has a state {name!r}; there are {', '.join(store.names()) or 'none'}"
-            )
-    else:
-        wanted = list(dict.fromkeys(users))
-        for user in wanted:
-            if name not in store.names_of(user):
-                # It says what there is.
-                store[user, name]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SteerError(f"{out}: cannot be made a folder ({error.strerror})") from None
-    targets = {user: out / f"{stem}.{ending}" for user, stem in file_stems(wanted).items()}
+    targets = {user: out / f"{stem}.{ending}" for user, stem in file_stems(users).items()}
     if not replace and (there := [file for file in targets.values() if file.exists()]):
         raise SteerError(f"{there[0]} exists; nothing was written. --replace replaces it")
     return targets
 
 
 def _print(rows: Sequence[dict[str, Any]], *more: str) -> None:
-    table = Table("user", "file", *more, "bytes", box=None)
-    for row in rows:
-        cells = [", ".join(row[key]) for key in more]
-        table.add_row(row["user"], row["file"], *cells, str(row["bytes"]))
-    options.out.print(table)
+    cells = ([row["user"], row["file"], *(", ".join(row[key]) for key in more), str(row["bytes"])] for row in rows)
+    options.print_table(("user", "file", *more, "bytes"), cells)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import logging
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from steer.errors import SteerError
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 # Texts and names are shown as they are: brackets in them are no markup.
 out = Console(markup=False, emoji=False, highlight=False)
 err = Console(stderr=True, markup=False, emoji=False, highlight=False)
+# For what is no terminal: nothing is folded.
+_pipe = Console(markup=False, emoji=False, highlight=False, width=1 << 20)
 
 Model = Annotated[
     str,
@@ -93,3 +97,18 @@ def parse_numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise SteerError(f"{option} {text} is not a list of numbers such as 0.5 or 0.25,0.5,1") from None
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Prints a table with all that is in its cells: folded in a terminal, in lines of any length elsewhere."""
+    table = Table(title=title and printable(title), show_header=any(columns), box=None, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    (out if out.file.isatty() else _pipe).print(table)
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what is not printable, as ids may hold commands to a terminal, or turn lines round."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
