@@ -21,6 +21,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import FAST, in_child
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import steer
@@ -301,6 +303,16 @@ def test_artifacts_are_verified(bank: Bank) -> None:
     file.write_bytes(whole[:-1] + b"\x01")
     with pytest.raises(SteerError, match=rf"{file.name}: damaged.*hash"):
         bank.artifact(digest)
+    # The model is no part of the hash.
+    file.write_bytes(whole.replace(b"hidden_size", b"hidden_sizf"))
+    with pytest.raises(SteerError, match=rf"{file.name}: damaged.*not what was saved"):
+        bank.artifact(digest)
+    assert len(bank.verify()) == 1
+    # Earlier versions had no checksum of it.
+    with safe_open(file, "pt") as opened:
+        described = opened.metadata()["artifact"]
+    save_file({"up": torch.ones(64)}, file, {"artifact": described})
+    assert Bank(bank.path).artifact(digest).hash == digest
     file.write_bytes(whole[:-9])
     with pytest.raises(SteerError, match=rf"{file.name}: damaged"):
         bank.artifact(digest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def save(file: Path, artifact: Artifact) -> None:
         "model": artifact.model.to_json(),
         "settings": dict(artifact.settings),
     }
-    metadata = {"artifact": to_json(described, f"the {artifact.method} artifact")}
+    text = to_json(described, f"the {artifact.method} artifact")
+    # The model is no part of the hash, as one that is loaded in another dtype is the same model.
+    metadata = {"artifact": text, "crc32": str(zlib.crc32(text.encode()))}
     # Clones, as safetensors refuses tensors that share storage and would have to save a view's base.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in artifact.tensors.items()}
     content = serialized(tensors, metadata)
@@ -66,7 +69,12 @@ def load(file: Path, digest: str) -> Artifact:
 
 def _read(file: Path) -> Artifact:
     with safe_open(file, "pt") as opened:
-        described: dict[str, Any] = json.loads((opened.metadata() or {})["artifact"])
+        metadata = opened.metadata() or {}
+        text = metadata["artifact"]
+        # Files of earlier versions have none.
+        if metadata.get("crc32", crc := str(zlib.crc32(text.encode()))) != crc:
+            raise ValueError("what describes it is not what was saved")
+        described: dict[str, Any] = json.loads(text)
         # Cloned, as these are views of the mapped file.
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     return Artifact(
