@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from processes import FAST, in_child, succeeded
 from safetensors import safe_open
@@ -105,6 +105,7 @@ def damaged(whole: Path, target: Path, file: str, how: str, where: float, seed: 
     where=st.floats(0, 1),
     seed=st.integers(0, 10**6),
 )
+@example(file="index.sqlite", how="swap", where=0.0, seed=5)
 def test_damage_is_an_error_and_never_somebody_elses_state(
     whole: Path, file: str, how: str, where: float, seed: int
 ) -> None:

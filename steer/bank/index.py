@@ -391,6 +391,8 @@ class Writer:
     def put(self, rows: Iterable[tuple[Any, ...]]) -> None:
         """Adds or replaces entries: the columns of `entries` but the number. New ones are the last."""
         (last,) = self._db.execute("SELECT COALESCE(MAX(number), -1) FROM entries").fetchone()
+        if type(last) is not int:
+            raise Damage(f"damaged: the bank's index gives an entry the number {last!r}")
         self._db.executemany(_PUT, ((number, *row) for number, row in enumerate(rows, start=last + 1)))
 
     def remove(self, entries: Sequence[Entry]) -> None:
