@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -12,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import torch
 from processes import FAST, in_child, succeeded
 
 from steer.bank import Bank, UserHash, hub
+from steer.bank import index as index_module
 from steer.bank import segment as segment_module
 from steer.bank.index import Writer
+from steer.bank.segment import Segment
 from steer.errors import SteerError
 from steer.state import Artifact, Fingerprint, Provenance, UserState
 
@@ -205,6 +208,50 @@ def test_an_index_older_than_the_segments_erases_nothing(bank: Bank) -> None:
     again = Bank(bank.path)
     assert len(again) == 101
     assert again.verify() == []
+
+
+@pytest.mark.parametrize("change", ["update", "delete", "compact"])
+def test_an_index_older_by_one_commit_erases_nothing(bank: Bank, change: str) -> None:
+    """Else what a single commit brought would be taken for the remains of a writer that was killed."""
+    for number in range(20):
+        bank[f"user-{number}", "style"] = state(float(number), 20_000)
+    bank.forget([f"user-{number}" for number in range(12)])
+    bank.close()
+    old = (bank.path / "index.sqlite").read_bytes()
+    with Bank(bank.path) as writer:
+        if change == "update":
+            writer.update({(f"new-{number}", "style"): state(float(number)) for number in range(50)})
+        elif change == "delete":
+            writer.delete([("user-15", "style")])
+        else:
+            writer.compact()
+        keys = set(writer)
+    new = (bank.path / "index.sqlite").read_bytes()
+    (bank.path / "index.sqlite").write_bytes(old)
+    before = {path.name: path.read_bytes() for path in (bank.path / "segments").iterdir()}
+    error = pytest.raises(SteerError, match=r"index\.sqlite is older than the other files.*nothing was changed")
+    with Bank(bank.path, create=False) as restored, error:
+        restored["bob", "style"] = state(1.0)
+    assert {path.name: path.read_bytes() for path in (bank.path / "segments").iterdir()} == before
+    (bank.path / "index.sqlite").write_bytes(new)
+    with Bank(bank.path) as again:
+        assert set(again) == keys
+        assert again.verify() == []
+
+
+def test_a_count_of_commits_that_an_earlier_release_wrote(bank: Bank) -> None:
+    """It told the commit that was begun, which may have come to nothing."""
+    bank["ada", "style"] = state(1.0)
+    for begun, refused in ((1, False), (2, False), (3, True)):
+        (bank.path / "commits").write_text(f"{begun:019d}\n")
+        with Bank(bank.path) as found:
+            if refused:
+                with pytest.raises(SteerError, match="older"):
+                    found["bob", "style"] = state(2.0)
+            else:
+                assert value(found, "ada") == 1
+                found._store.index.segments()
+                assert found.verify() == []
 
 
 def test_a_bank_that_was_replaced_is_not_written_to(bank: Bank) -> None:
@@ -468,6 +515,93 @@ def test_verify_lists_entries_that_cannot_be_read(bank: Bank, change: str) -> No
     assert {unreadable[0], again._hash(unreadable[0]).hex()} & {fault.user for fault in again.verify()}
     with suppress(SteerError):
         again.gatherer("style")(["ada", "bob"])
+
+
+def test_verify_beside_a_compaction_finds_what_is_wrong_and_nothing_else(
+    bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compaction comes after the segments were listed; it takes the damaged bytes along to a new one."""
+    for number in range(40):
+        bank[f"user-{number}", "style"] = state(float(number), 3000)
+    bank.forget([f"user-{number}" for number in range(20)])
+    (entry,) = bank._store.index.find([bank._address(("user-30", "style"))]).values()
+    segment = bank._store.index.segment(entry.segment)
+    with (bank.path / "segments" / segment.file).open("r+b") as file:
+        file.seek(segment.offset(entry.at + 5))
+        file.write(b"\1\2\3\4")
+    list_segments, listed = bank._store.index.segments, []
+
+    def compact_behind() -> Any:
+        found = list_segments()
+        if not listed:
+            listed.append(found)
+            with Bank(bank.path) as other:
+                other.compact()
+        return found
+
+    monkeypatch.setattr(bank._store.index, "segments", compact_behind)
+    (fault,) = bank.verify()
+    assert (fault.user, fault.name) == ("user-30", "style")
+
+
+@pytest.mark.parametrize("what", ["facts", "tensors"])
+def test_an_index_that_asks_for_too_much_memory(bank: Bank, what: str) -> None:
+    bank["ada", "style"] = state(1.0)
+    bank.close()
+    with closing(sqlite3.connect(bank.path / "index.sqlite")) as db, db:
+        file = (
+            bank.path
+            / "segments"
+            / db.execute(
+                "SELECT file FROM segments WHERE dtype = ?", ("uint8" if what == "facts" else "float32",)
+            ).fetchone()[0]
+        )
+        dtype = "uint8" if what == "facts" else "float32"
+        db.execute("UPDATE segments SET capacity = ? WHERE dtype = ?", (1 << 50, dtype))
+        if what == "facts":
+            db.execute("UPDATE entries SET facts_length = ?", (1 << 46,))
+        else:
+            slots = json.loads(db.execute("SELECT tensors FROM layouts").fetchone()[0])
+            db.execute("UPDATE layouts SET tensors = ?", (json.dumps(slots).replace("[4]", f"[{1 << 44}]"),))
+        number = db.execute("SELECT id FROM segments WHERE dtype = ?", (dtype,)).fetchone()[0]
+    with file.open("r+b") as out:
+        out.write(Segment(number, file.name, dtype, 1 << 50).header)
+    with Bank(bank.path, create=False) as found:
+        asks = [lambda: list(found.rows())] if what == "facts" else [lambda: found.gatherer("style")(["ada"])]
+        for ask in (lambda: found["ada", "style"], *asks):
+            with pytest.raises(SteerError, match="damaged"):
+                ask()
+        assert found.verify()
+
+
+def test_a_trigger_named_like_sqlites_own_tables_is_refused(bank: Bank) -> None:
+    bank["ada", "style"] = state(1.0)
+    bank.close()
+    with closing(sqlite3.connect(bank.path / "index.sqlite")) as db, db:
+        db.execute("CREATE TRIGGER sqliteX AFTER INSERT ON erasures BEGIN DELETE FROM erasures; END")
+    with pytest.raises(SteerError, match="other tables"):
+        Bank(bank.path)
+
+
+def test_a_bank_in_use_is_copied(folder: Path, bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who deletes a state and stores it again is met twice, as it comes last then."""
+    monkeypatch.setattr(index_module, "_PAGE", 10)
+    bank.update({(f"user-{number}", "style"): state(float(number)) for number in range(40)})
+    pages, done = bank._store.index.pages, []
+
+    def change_behind(*arguments: Any) -> Any:
+        for page in pages(*arguments):
+            yield page
+            if not done:
+                done.append(page)
+                del bank["user-3", "style"]
+                bank["user-3", "style"] = state(-3.0)
+
+    monkeypatch.setattr(bank._store.index, "pages", change_behind)
+    copy = bank.copy(folder / "copy.bank")
+    assert len(copy) == 40
+    assert value(copy, "user-3") == -3
+    assert copy.verify() == []
 
 
 def test_too_many_open_files_are_no_damage(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,6 +284,8 @@ class Bank:
                 f"{other.path}: keeps only hashes of user ids, so it can be merged only into a hashed bank with the "
                 "same salt, such as a copy of it"
             )
+        for fault in other._store.index.faults():
+            _tell(Damage(f"{other.path / folder.INDEX}: damaged ({fault}); states could be left out"), on_damage)
         if conflict == "error" and len(self):
             self._require_apart(other, on_damage)
         for digest in artifacts.stored(other.path / folder.ARTIFACTS):
@@ -316,7 +318,8 @@ class Bank:
         with draft_folder(target) as draft:
             folder.open_or_create(draft, create=True, hashed=hashed or manifest.hashed, salt=manifest.salt)
             with Bank(draft) as bank:
-                bank.merge(self, on_progress=on_progress, on_damage=on_damage)
+                # Who deletes a state and stores it again meanwhile is met twice.
+                bank.merge(self, conflict="replace", on_progress=on_progress, on_damage=on_damage)
                 bank.compact()
         return Bank(target, create=False)
 

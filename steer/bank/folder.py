@@ -5,7 +5,7 @@ people.bank/
     index.sqlite                             (user, name) -> where the state lies
     segments/00000001-5f0c2a9e.safetensors   tensors of states, or what describes them
     artifacts/<hash>.safetensors             what a method shares between users
-    commits                                  number of the last commit that was begun
+    commits                                  number of the last commit that was finished
 """
 
 from __future__ import annotations
@@ -82,18 +82,20 @@ def open_or_create(path: Path, *, create: bool, hashed: bool | None = None, salt
 
 
 def read_commits(path: Path) -> int:
-    """Number of the last commit that was begun in a bank; 0 where that is not known."""
+    """Number of a commit that was finished in a bank, of the last one if nobody was killed; 0 where it is not known."""
     try:
-        return int((path / COMMITS).read_text(encoding="ascii"))
+        count, *word = (path / COMMITS).read_text(encoding="ascii").split()
+        # Without the word it was written when a commit began, by an earlier release.
+        return int(count) - (word != ["done"])
     except (OSError, ValueError):
         return 0
 
 
 def write_commits(path: Path, count: int) -> None:
-    """Notes the number of a commit that begins, in one write of always the same length."""
+    """Notes the number of a commit that is finished, in one write of always the same length."""
     descriptor = os.open(path / COMMITS, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
-        os.pwrite(descriptor, f"{count:019d}\n".encode(), 0)
+        os.pwrite(descriptor, f"{count:019d} done\n".encode(), 0)
     finally:
         os.close(descriptor)
 

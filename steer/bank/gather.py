@@ -73,6 +73,8 @@ class Gatherer:
         number = self._layout(found)
         layout = self._store.index.layout(number)
         rows, size = len(addresses), layout.nbytes
+        if found:
+            self._store.require_room(next(iter(found.values())).segment, layout.length)
         packed = None
         if into is not None and into.packed.shape[0] >= rows and into.packed.shape[1] == size:
             packed = into.packed[:rows]

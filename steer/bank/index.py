@@ -212,17 +212,46 @@ class Index:
     def pages(self, on_damage: Callable[[Damage], None] | None = None) -> Iterator[list[Entry]]:
         """All entries, in the order in which their keys came; what is written meanwhile may be among them or not.
 
-        `on_damage` is told of rows that make no sense; None to raise.
+        `on_damage` is told of rows that make no sense, or cannot be found by what refers to them; None to raise. Then
+        everything is looked at that there is, whether something refers to it or not.
         """
         # Page by page, so that a reader who dawdles never holds a lock that a writer waits for.
-        query, last = f"SELECT {_COLUMNS} FROM entries WHERE number > ? ORDER BY number LIMIT ?", -1
+        query, last, seen = "SELECT number FROM entries WHERE number > ? ORDER BY number LIMIT ?", -1, set[int]()
+        count, moment = 0, None
         while True:
             with self._reading() as db:
-                rows = db.execute(query, (last, _PAGE)).fetchall()
-            if not rows:
-                return
-            yield _entries(rows, on_damage)
-            last = rows[-1][0]
+                now = db.execute("SELECT commits FROM bank").fetchone()
+                moment = moment or now
+                # From the index of the numbers alone: where it leads nowhere, SQLite would leave a row out silently.
+                numbers = [row[0] for row in db.execute(query, (last, _PAGE))]
+                if not all(type(number) is int and number > last for number in numbers):
+                    raise Damage("damaged: the numbers of the bank's index make no sense")
+                page = _numbered(db, numbers, on_damage)
+                if not numbers and now == moment and on_damage is None:
+                    # Nobody has written meanwhile, so these must have been all.
+                    (total,) = db.execute("SELECT COUNT(*) FROM entries NOT INDEXED").fetchone()
+                    if total != count:
+                        raise Damage(f"damaged: {total - count} entries of the bank's index have lost their numbers")
+            if not numbers:
+                break
+            yield page
+            last, count = numbers[-1], count + len(numbers)
+            if on_damage is not None:
+                seen.update(numbers)
+        if on_damage is None:
+            return
+        rest = sorted(set(self._column("SELECT number FROM entries NOT INDEXED")) - seen, key=str)
+        for start in range(0, len(rest), _ASKED):
+            with self._reading() as db:
+                yield _entries(_scanned(db, rest[start : start + _ASKED]), on_damage)
+
+    def has_gone(self, entry: Entry) -> bool:
+        """Whether an entry that was there, and is not found by its key, has been removed since; else it is damaged."""
+        with self._reading() as db:
+            # Who removes it removes its number, though that may be another's by now.
+            if not db.execute("SELECT 1 FROM entries WHERE number = ?", (entry.number,)).fetchone():
+                return True
+            return entry.address not in [row[1:3] for row in _scanned(db, [entry.number])]
 
     def examples(self) -> list[list[Entry]]:
         """The oldest entries of each kind that occurs."""
@@ -384,9 +413,22 @@ class Writer:
         return [entry for name, some in users.items() for entry in _find(self._db, name, some)]
 
     def find_users(self, users: Sequence[bytes]) -> list[Entry]:
-        """All entries of some users."""
+        """All entries of some users.
+
+        Raises:
+            Damage: there are others of theirs that cannot be found by the user.
+        """
         query = f"SELECT {_COLUMNS} FROM entries WHERE user = ?"
-        return [entry for user in users for entry in _entries(self._db.execute(query, (user,)))]
+        found = [entry for user in users for entry in _entries(self._db.execute(query, (user,)))]
+        # Another copy of the users' hashes, read from end to end: nobody's states are to stay behind unnoticed.
+        wanted = set(users)
+        others = self._db.execute("SELECT user FROM entries INDEXED BY entries_by_kind")
+        if sum(user in wanted for (user,) in others) != len(found):
+            raise Damage(
+                "damaged: the bank's index does not agree with itself on how many states these users have. `steer bank "
+                "verify` tells more; merge what can be read into a new bank, and delete there"
+            )
+        return found
 
     def put(self, rows: Iterable[tuple[Any, ...]]) -> None:
         """Adds or replaces entries: the columns of `entries` but the number. New ones are the last."""
@@ -515,7 +557,7 @@ class Writer:
 
 def _tables(db: sqlite3.Connection) -> list[tuple[str, ...]]:
     # Without white space, and without the tables that SQLite makes for itself.
-    rows = db.execute("SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY name")
+    rows = db.execute("SELECT type, name, sql FROM sqlite_master WHERE substr(name, 1, 7) <> 'sqlite_' ORDER BY name")
     return [(kind, name, "".join(str(sql).split())) for kind, name, sql in rows]
 
 
@@ -528,6 +570,30 @@ def _find(db: sqlite3.Connection, name: str, users: Sequence[bytes]) -> list[Ent
         query = f"SELECT {_COLUMNS} FROM entries WHERE name = ? AND user IN ({','.join('?' * marks)})"
         found += _entries(db.execute(query, (name, *some, *[None] * (marks - len(some)))))
     return found
+
+
+def _numbered(
+    db: sqlite3.Connection, numbers: Sequence[int], on_damage: Callable[[Damage], None] | None
+) -> list[Entry]:
+    """The entries of consecutive numbers; what refers to them is not trusted to lead there."""
+    if not numbers:
+        return []
+    query = f"SELECT {_COLUMNS} FROM entries WHERE number BETWEEN ? AND ? ORDER BY number"
+    rows = db.execute(query, (numbers[0], numbers[-1])).fetchall()
+    if len(rows) < len(numbers):
+        rows += _scanned(db, sorted(set(numbers) - {row[0] for row in rows}))
+        if lost := len(numbers) - len(rows):
+            damage = Damage(f"damaged: {lost} entries of the bank's index cannot be found")
+            if on_damage is None:
+                raise damage
+            on_damage(damage)
+    return _entries(rows, on_damage)
+
+
+def _scanned(db: sqlite3.Connection, numbers: Sequence[object]) -> list[tuple[Any, ...]]:
+    """Rows of some numbers, found by reading all there are."""
+    wanted = set(numbers)
+    return [row for row in db.execute(f"SELECT {_COLUMNS} FROM entries NOT INDEXED") if row[0] in wanted]
 
 
 def _entries(rows: Iterable[tuple[Any, ...]], on_damage: Callable[[Damage], None] | None = None) -> list[Entry]:

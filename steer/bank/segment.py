@@ -134,6 +134,10 @@ class Segments:
         for segment, at, into in late:
             self.read(segment, at, into)
 
+    def room(self, segment: Segment) -> int:
+        """How many elements the file holds, whatever the index says. Raises Damage if it cannot be read."""
+        return max(self._file(segment).size - HEADER_BYTES, 0) // segment.itemsize
+
     def create(self, segment: Segment) -> None:
         """Makes the file; nobody reads it before the index refers to it."""
         descriptor = os.open(self.folder / segment.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -259,7 +263,7 @@ class Segments:
         path = self.folder / segment.file
         try:
             file = _File(path)
-            size = os.fstat(file.descriptor).st_size
+            size = file.size = os.fstat(file.descriptor).st_size
             found = os.pread(file.descriptor, HEADER_BYTES, 0)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
@@ -279,6 +283,8 @@ class _File:
     def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
         self.descriptor = -1
         self.descriptor = os.open(path, flags)
+        # In bytes, when it was opened; segments do not grow.
+        self.size = 0
 
     @classmethod
     def writable(cls, path: Path) -> _File:

@@ -61,10 +61,14 @@ class Store:
     def settled_entry(self, entry: Entry, read: Callable[[Entry], Read]) -> Read | None:
         """The same for one entry; None if it is gone by now."""
 
+        def find() -> list[Entry]:
+            found = list(self.index.find([entry.address]).values())
+            return found if found or self.index.has_gone(entry) else [entry]
+
         def read_all(found: list[Entry]) -> Read | None:
             return read(found[0]) if found else None
 
-        return self.settled(lambda: list(self.index.find([entry.address]).values()), read_all, [entry])
+        return self.settled(find, read_all, [entry])
 
     def state(self, entry: Entry) -> UserState:
         """A state. Raises Damage if it cannot be read, as the methods below do."""
@@ -77,7 +81,7 @@ class Store:
     def tensors(self, entry: Entry) -> dict[str, Tensor]:
         """The tensors of a state."""
         layout = self.index.layout(entry.layout)
-        self._require_room(entry.segment, layout.length)
+        self.require_room(entry.segment, layout.length)
         packed = torch.empty(layout.nbytes, dtype=torch.uint8)
         self.fill([entry], [packed.numpy().data])
         return layout.unpack(packed)
@@ -103,7 +107,7 @@ class Store:
     def facts(self, entry: Entry) -> Facts:
         """What describes a state."""
         number, at, length = entry.facts
-        self._require_room(number, length)
+        self.require_room(number, length)
         line = bytearray(length)
         self.segments.read(self.index.segment(number), at, memoryview(line))
         if facts_checksum(entry.address, zlib.crc32(line)) != entry.facts_checksum:
@@ -120,9 +124,9 @@ class Store:
             if entry.segment is not None and entry.at is not None:
                 yield Stretch(entry.segment, entry.at, self.index.layout(entry.layout).length)
 
-    def _require_room(self, number: int | None, length: int) -> None:
-        # Before memory is taken for it.
-        room = 0 if number is None else self.index.segment(number).capacity
+    def require_room(self, number: int | None, length: int) -> None:
+        """Raises Damage if so many elements cannot lie in a segment; asked before memory is taken for them."""
+        room = 0 if number is None else self.segments.room(self.index.segment(number))
         if not 0 <= length <= room:
             raise Damage(f"{self._file(number)}: damaged, the index looks for {length} elements there")
 

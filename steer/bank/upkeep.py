@@ -79,17 +79,22 @@ def _index_faults(store: Store) -> Iterator[Fault]:
 
 
 def _all_segment_faults(store: Store, on_progress: Progress | None) -> Iterator[Fault]:
-    usages = store.index.segments()
-    total, done = max(sum(usage.used * usage.segment.itemsize for usage in usages), 1), 0
-    for usage in usages:
-        try:
-            yield from _segment_faults(store, usage.segment)
-        except SteerError as error:
-            # An index that cannot be asked about this one may be asked about others.
-            yield Fault(store.segments.folder / usage.segment.file, str(error))
-        done += usage.used * usage.segment.itemsize
-        if on_progress is not None:
-            on_progress(done / total)
+    seen: set[Segment] = set()
+    done = 0
+    # Until there is none that a writer has made meanwhile, perhaps to move there what lay elsewhere.
+    while new := [usage for usage in store.index.segments() if usage.segment not in seen]:
+        total = done + max(_nbytes(new), 1)
+        for usage in new:
+            seen.add(usage.segment)
+            try:
+                yield from _segment_faults(store, usage.segment)
+            except SteerError as error:
+                # An index that cannot be asked about this one may be asked about others.
+                if _is_known(store, usage.segment):
+                    yield Fault(store.segments.folder / usage.segment.file, str(error))
+            done += usage.segment.end
+            if on_progress is not None:
+                on_progress(done / total)
 
 
 def _artifact_faults(store: Store) -> Iterator[Fault]:
@@ -135,8 +140,16 @@ def _segment_faults(store: Store, segment: Segment) -> Iterator[Fault]:
             clean, why = False, f", and they cannot be erased ({error})"
         if not clean:
             yield Fault(file, f"{file}: holds bytes that belong to no state{why}")
-    if not store.segments.is_intact(segment) and segment in [usage.segment for usage in store.index.segments()]:
+    if not store.segments.is_intact(segment) and _is_known(store, segment):
         yield Fault(file, f"{file}: damaged, its end is missing")
+
+
+def _is_known(store: Store, segment: Segment) -> bool:
+    """Whether a segment is still in the index; False for one that somebody has retired."""
+    try:
+        return segment in [usage.segment for usage in store.index.segments()]
+    except SteerError:
+        return True
 
 
 def _fault(store: Store, entry: Entry, message: str) -> Fault:

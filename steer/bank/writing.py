@@ -124,10 +124,14 @@ def writing(store: Store) -> Iterator[Writer]:
     try:
         with store.index.writing() as writer:
             recover(store, writer)
-            count = writer.commits() + 1
+            count = writer.commits()
+            # Also what somebody finished who was killed before noting it, or was slow to.
             folder.write_commits(store.path, count)
-            writer.count_commit(count)
+            writer.count_commit(count + 1)
             yield writer
+        with suppress(OSError):
+            # The next writer notes it otherwise.
+            folder.write_commits(store.path, count + 1)
     except BaseException as error:
         # Files that were made for it are not kept open, as they would keep their space.
         store.segments.forget()
@@ -143,7 +147,7 @@ def recover(store: Store, writer: Writer) -> None:
     Raises:
         Damage: there have been commits that the index does not know, so what it does not refer to may be somebody's.
     """
-    if folder.read_commits(store.path) > writer.commits() + 1:
+    if folder.read_commits(store.path) > writer.commits():
         raise Damage(
             f"{store.path}: {folder.INDEX} is older than the other files, so they do not belong together. Restore the "
             "whole folder from one copy; nothing was changed"
