@@ -21,6 +21,8 @@ import torch
 from processes import FAST, in_child, succeeded
 
 from steer.bank import Bank, UserHash, hub
+from steer.bank import connection as connection_module
+from steer.bank import index as index_module
 from steer.bank import segment as segment_module
 from steer.bank.index import Writer
 from steer.errors import SteerError
@@ -262,6 +264,119 @@ def test_forks_beside_a_thread_that_writes_and_one_that_gathers(bank: Bank) -> N
     assert len(bank) == 25
 
 
+@pytest.mark.parametrize("where", ["the same bank", "another bank"])
+def test_forks_beside_a_thread_that_opens_banks(folder: Path, bank: Bank, where: str) -> None:
+    """SQLite has locks of its own, which would stay locked in a child for good."""
+    bank["ada", "style"] = state(1.0)
+    path = bank.path if where == "the same bank" else folder / "other.bank"
+    stop = threading.Event()
+
+    def open_and_close() -> None:
+        while not stop.is_set():
+            Bank(path).close()
+            # One that is cleared away rather than closed.
+            Bank(path)
+
+    def child() -> None:
+        bank[f"child-{os.getpid()}", "style"] = state(1.0)
+        assert value(Bank(bank.path, create=False), "ada") == 1
+
+    thread = threading.Thread(target=open_and_close)
+    thread.start()
+    try:
+        assert all(succeeded(in_child(child)) for _ in range(25))
+    finally:
+        stop.set()
+        thread.join()
+    assert len(bank) == 26
+
+
+def test_a_fork_waits_for_a_thread_that_opens_a_bank(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that is born meanwhile would believe that it has the locks of that connection."""
+    bank["ada", "style"] = state(1.0)
+    tables, half_open, forker = index_module._tables, threading.Event(), threading.current_thread()
+
+    def slow(db: sqlite3.Connection) -> Any:
+        if threading.current_thread() is not forker and db.execute("PRAGMA database_list").fetchone()[2]:
+            reading = db.execute("SELECT name FROM sqlite_master")
+            reading.fetchone()
+            half_open.set()
+            time.sleep(0.3)
+            reading.close()
+        return tables(db)
+
+    monkeypatch.setattr(index_module, "_tables", slow)
+    monkeypatch.setattr(connection_module, "_BUSY_SECONDS", 2.0)
+    thread = threading.Thread(target=Bank, args=(bank.path,))
+    thread.start()
+    half_open.wait()
+    assert succeeded(in_child(lambda: bank.update({("child", "style"): state(2.0)})))
+    thread.join()
+    assert value(bank, "child") == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_while_a_fork_waits_for_a_writer(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank["ada", "style"] = state(1.0)
+    put, inside, go = Writer.put, threading.Event(), threading.Event()
+    interrupts = []
+
+    def slow(writer: Writer, rows: Any) -> None:
+        inside.set()
+        go.wait()
+        put(writer, rows)
+
+    def interrupt(*_: object) -> None:
+        interrupts.append(go.is_set())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "put", slow)
+    writer = threading.Thread(target=bank.update, args=({("bob", "style"): state(2.0)},))
+    writer.start()
+    inside.wait()
+    usual = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        threading.Timer(0.5, go.set).start()
+        assert succeeded(in_child(lambda: bank.update({("child", "style"): state(3.0)})))
+    finally:
+        signal.signal(signal.SIGALRM, usual)
+    writer.join()
+    assert interrupts == [False]
+    for use in (
+        lambda: bank.update({("carol", "style"): state(4.0)}),
+        lambda: Bank(bank.path).update({("dan", "style"): state(5.0)}),
+    ):
+        other = threading.Thread(target=use, daemon=True)
+        other.start()
+        other.join(10)
+        assert not other.is_alive()
+    assert sorted(user for user, _ in bank) == ["ada", "bob", "carol", "child", "dan"]
+    assert bank.verify() == []
+
+
+def test_forks_beside_a_thread_that_opens_files(bank: Bank) -> None:
+    bank["ada", "style"] = state(1.0)
+    stop = threading.Event()
+
+    def read() -> None:
+        # As whenever somebody else has compacted the bank.
+        bank._store.segments.forget()
+        assert value(bank, "ada") == 1
+
+    def read_on() -> None:
+        while not stop.is_set():
+            read()
+
+    thread = threading.Thread(target=read_on)
+    thread.start()
+    try:
+        assert all(succeeded(in_child(read)) for _ in range(40))
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_threads_that_open_more_files_than_are_kept(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment_module, "_KEPT_OPEN", 1)
     dtypes = [torch.float32, torch.float16, torch.int8, torch.int64]
@@ -279,6 +394,8 @@ def test_threads_that_open_more_files_than_are_kept(bank: Bank, monkeypatch: pyt
             for _ in range(300):
                 user = chance.randrange(4)
                 assert value(bank, str(user)) == user
+                if seed == 0:
+                    bank._store.segments.forget()
         except BaseException as error:
             failures.append(error)
 

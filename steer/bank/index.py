@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steer.bank.connection import Connection
+from steer.bank.connection import OPENING, Connection
 from steer.bank.layout import DTYPES, Layout
 from steer.bank.segment import FILE, Segment
 from steer.errors import Damage, SteerError
@@ -189,7 +189,7 @@ class Index:
     @staticmethod
     def create(file: Path, salt_check: bytes) -> None:
         """Makes an empty index in a new file."""
-        with closing(sqlite3.connect(file, isolation_level=None)) as db:
+        with OPENING, closing(sqlite3.connect(file, isolation_level=None)) as db:
             # So that a compaction can give back pages without writing the whole file anew.
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")
             db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
