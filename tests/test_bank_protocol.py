@@ -578,6 +578,18 @@ def test_verify_lists_entries_that_cannot_be_read(bank: Bank, change: str) -> No
         again.gatherer("style")(["ada", "bob"])
 
 
+@pytest.mark.parametrize("name", ["erasures_", "sqliteX", "sqlite_x", "sqlite_autoindex_erasures_1"])
+def test_an_index_with_a_trigger_is_refused(bank: Bank, name: str) -> None:
+    """It could keep what is deleted from being erased; SQLite lets nobody make one named like its own, but reads it."""
+    bank["ada", "style"] = state(1.0)
+    with sqlite3.connect(bank.path / "index.sqlite") as index:
+        index.execute("CREATE TRIGGER own AFTER INSERT ON erasures BEGIN DELETE FROM erasures; END")
+        index.execute("PRAGMA writable_schema = ON")
+        index.execute("UPDATE sqlite_master SET name = ?, sql = replace(sql, 'own', ?) WHERE name = 'own'", (name, name))
+    with pytest.raises(SteerError, match="has other tables"):
+        Bank(bank.path)
+
+
 def test_too_many_open_files_are_no_damage(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     bank["ada", "style"] = state(1.0)
 

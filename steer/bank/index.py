@@ -512,9 +512,9 @@ class Writer:
 
 
 def _tables(db: sqlite3.Connection) -> list[tuple[str, ...]]:
-    # Without white space, and without the tables that SQLite makes for itself.
-    rows = db.execute("SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY name")
-    return [(kind, name, "".join(str(sql).split())) for kind, name, sql in rows]
+    # Everything, as in a file from elsewhere even what is named like SQLite's own may be a trigger; but for white space.
+    rows = db.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name")
+    return [(*names, "".join(str(sql).split())) for *names, sql in rows]
 
 
 def _find(db: sqlite3.Connection, name: str, users: Sequence[bytes]) -> list[Entry]:
