@@ -21,6 +21,7 @@ import torch
 from processes import FAST, in_child, succeeded
 
 from steer.bank import Bank, UserHash, hub
+from steer.bank import bank as bank_module
 from steer.bank import connection as connection_module
 from steer.bank import index as index_module
 from steer.bank import segment as segment_module
@@ -439,6 +440,25 @@ def test_what_is_stored_during_a_merge_is_not_replaced(
             bank.merge(other)
         assert ("bob", "style") not in bank
     assert value(bank, "ada") == 777
+
+
+def test_a_bank_in_use_is_copied(folder: Path, bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bank_module, "_TOGETHER", 10)
+    bank.update({(f"user-{number}", "style"): state(float(number)) for number in range(1200)})
+    rival, shares = Bank(bank.path), []
+
+    def disturb(share: float) -> None:
+        if not shares:
+            del rival["user-3", "style"]
+            rival["user-3", "style"] = state(777.0)
+            rival["user-1199", "style"] = state(888.0)
+        shares.append(share)
+
+    copy = bank.copy(folder / "copy.bank", on_progress=disturb)
+    assert {user: value(copy, user) for user, _ in copy} == {user: value(bank, user) for user, _ in bank}
+    assert len(copy) == 1200
+    assert (value(copy, "user-3"), value(copy, "user-1199")) == (777, 888)
+    assert copy.verify() == []
 
 
 def test_several_users_are_not_the_letters_of_one(bank: Bank) -> None:

@@ -314,7 +314,8 @@ class Bank:
         with draft_folder(target) as draft:
             folder.open_or_create(draft, create=True, hashed=manifest.hashed, salt=manifest.salt)
             with Bank(draft) as bank:
-                bank.merge(self, on_progress=on_progress, on_damage=on_damage)
+                # What is deleted and stored again meanwhile comes twice.
+                bank.merge(self, conflict="replace", on_progress=on_progress, on_damage=on_damage)
                 bank.compact()
         return Bank(target, create=False)
 
