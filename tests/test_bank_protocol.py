@@ -11,7 +11,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from steer.bank import bank as bank_module
 from steer.bank import connection as connection_module
 from steer.bank import index as index_module
 from steer.bank import segment as segment_module
+from steer.bank import writing as writing_module
 from steer.bank.index import Writer
+from steer.bank.segment import Segments
 from steer.errors import SteerError
 from steer.state import Artifact, Fingerprint, Provenance, UserState
 
@@ -208,6 +210,91 @@ def test_an_index_older_than_the_segments_erases_nothing(bank: Bank) -> None:
     again = Bank(bank.path)
     assert len(again) == 101
     assert again.verify() == []
+
+
+def texts(users: Iterable[int]) -> dict[tuple[str, str], UserState]:
+    # Of one dtype, so that a compaction is one commit.
+    return {(f"user-{user}", "text"): UserState(Provenance("m", 1), data={"text": "x" * 3000}) for user in users}
+
+
+@pytest.mark.parametrize(
+    "commit",
+    [
+        lambda bank: bank.update(texts(range(50, 100))),
+        lambda bank: bank.update(texts(range(10))),
+        lambda bank: bank.delete(texts(range(10, 20))),
+        lambda bank: bank.compact(),
+        lambda bank: bank.put_artifact(Artifact("m", 1, MODEL, {"population": torch.ones(4)})),
+    ],
+    ids=["add", "replace", "delete", "compact", "artifact"],
+)
+@pytest.mark.parametrize("earlier", [0, 1], ids=["noted by this version", "noted by an earlier one"])
+def test_an_index_one_commit_old_erases_nothing(bank: Bank, commit: Callable[[Bank], object], earlier: int) -> None:
+    """It is not taken for what a killed writer left, which looks just the same from it."""
+    bank.update(texts(range(30)))
+    bank.update(texts(range(30, 50)))
+    bank.delete(texts(range(20, 30)))
+    assert bank._store.index.commits() == 3
+    # Which noted the number of a commit when that began.
+    (bank.path / "commits").write_text(f"{4 - earlier:019d}\n")
+    bank.close()
+    old = (bank.path / "index.sqlite").read_bytes()
+    with Bank(bank.path) as again:
+        commit(again)
+        assert again._store.index.commits() == 4
+        keys = set(again)
+    new = (bank.path / "index.sqlite").read_bytes()
+    (bank.path / "index.sqlite").write_bytes(old)
+    before = {path: path.read_bytes() for path in bank.path.rglob("*") if path.is_file()}
+    with Bank(bank.path) as restored, pytest.raises(SteerError, match=r"index\.sqlite is older than the other files"):
+        restored["bob", "style"] = state(1.0)
+    assert {path: path.read_bytes() for path in bank.path.rglob("*") if path.is_file()} == before
+    (bank.path / "index.sqlite").write_bytes(new)
+    with Bank(bank.path) as again:
+        assert again.verify() == []
+        assert set(again) == keys
+
+
+@pytest.mark.parametrize("step", ["begin", "write", "put", "count", "note", "erase", "erased"])
+@pytest.mark.parametrize("earlier", [0, 1], ids=["noted by this version", "noted by an earlier one"])
+def test_a_writer_killed_between_two_steps(
+    bank: Bank, step: str, earlier: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank.update(texts(range(4)))
+    (bank.path / "commits").write_text(f"{2 - earlier:019d}\n")
+
+    def work() -> None:
+        where, name = {
+            "begin": (writing_module, "recover"),
+            "write": (Segments, "write"),
+            "put": (Writer, "put"),
+            "count": (Writer, "count_commit"),
+            "note": (writing_module, "_note_commit"),
+            "erase": (Segments, "erase"),
+            "erased": (Writer, "erased"),
+        }[step]
+        usual = getattr(where, name)
+
+        def last(*arguments: Any) -> None:
+            if step in ("write", "erase"):
+                usual(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(where, name, last)
+        bank.update(texts(range(2, 6)))
+
+    bank.close()
+    child = in_child(work)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    committed = step in ("note", "erase", "erased")
+    with Bank(bank.path) as again:
+        assert len(again) == (6 if committed else 4)
+        assert again.verify() == []
+        commits = again._store.index.commits()
+        assert commits == (2 if committed else 1)
+        assert int((bank.path / "commits").read_text()) == commits + 1
+        assert again.update(texts(range(4, 8))) == 4
+        assert again.verify() == []
 
 
 def test_a_bank_that_was_replaced_is_not_written_to(bank: Bank) -> None:
@@ -605,7 +692,9 @@ def test_an_index_with_a_trigger_is_refused(bank: Bank, name: str) -> None:
     with sqlite3.connect(bank.path / "index.sqlite") as index:
         index.execute("CREATE TRIGGER own AFTER INSERT ON erasures BEGIN DELETE FROM erasures; END")
         index.execute("PRAGMA writable_schema = ON")
-        index.execute("UPDATE sqlite_master SET name = ?, sql = replace(sql, 'own', ?) WHERE name = 'own'", (name, name))
+        index.execute(
+            "UPDATE sqlite_master SET name = ?, sql = replace(sql, 'own', ?) WHERE name = 'own'", (name, name)
+        )
     with pytest.raises(SteerError, match="has other tables"):
         Bank(bank.path)
 

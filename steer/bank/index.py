@@ -268,6 +268,11 @@ class Index:
         with self._reading() as db:
             return _erasures(db)
 
+    def commits(self) -> int:
+        """How many commits there have been."""
+        with self._reading() as db:
+            return _commits(db)
+
     def placed(self, segment: Segment, part: str) -> Iterator[list[Entry]]:
         """The entries whose "tensors" or "facts" lie in a segment, in the order in which they lie, by pages."""
         column, at = ("segment", "at") if part == "tensors" else ("facts_segment", "facts_at")
@@ -472,11 +477,8 @@ class Writer:
         self._db.execute("UPDATE bank SET generation = generation + 1")
 
     def commits(self) -> int:
-        """How many commits there have been."""
-        (count,) = self._db.execute("SELECT commits FROM bank").fetchone() or (None,)
-        if type(count) is not int:
-            raise Damage("damaged: the bank's index does not say how many commits there were")
-        return count
+        """Like `Index.commits`."""
+        return _commits(self._db)
 
     def count_commit(self, count: int) -> None:
         """Notes that this is the commit of that number."""
@@ -512,7 +514,7 @@ class Writer:
 
 
 def _tables(db: sqlite3.Connection) -> list[tuple[str, ...]]:
-    # Everything, as in a file from elsewhere even what is named like SQLite's own may be a trigger; but for white space.
+    # All of them, as in a file from elsewhere what is named like SQLite's own may be a trigger. Without white space.
     rows = db.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name")
     return [(*names, "".join(str(sql).split())) for *names, sql in rows]
 
@@ -588,6 +590,13 @@ def _erasures(db: sqlite3.Connection) -> list[Stretch]:
     if not all(type(number) is int and number >= 0 for stretch in found for number in stretch):
         raise Damage("damaged: the bank's index does not say what is to be erased")
     return found
+
+
+def _commits(db: sqlite3.Connection) -> int:
+    (count,) = db.execute("SELECT commits FROM bank").fetchone() or (None,)
+    if type(count) is not int:
+        raise Damage("damaged: the bank's index does not say how many commits there were")
+    return count
 
 
 def _insert(db: sqlite3.Connection, statement: str, *values: str | int | None) -> int:
