@@ -318,7 +318,7 @@ class Bank:
         with draft_folder(target) as draft:
             folder.open_or_create(draft, create=True, hashed=hashed or manifest.hashed, salt=manifest.salt)
             with Bank(draft) as bank:
-                # Who deletes a state and stores it again meanwhile is met twice.
+                # What is deleted and stored again meanwhile comes twice.
                 bank.merge(self, conflict="replace", on_progress=on_progress, on_damage=on_damage)
                 bank.compact()
         return Bank(target, create=False)

@@ -7,18 +7,24 @@ import sqlite3
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from steer.errors import SteerError
 
 _BUSY_SECONDS = 30.0
 
-# One thread at a time is in a connection, and none in any while the process forks: a child that is born in the middle
-# of another thread's transaction would believe that it holds the locks of its parent.
+# One thread at a time is in a connection, and none is in SQLite while the process forks: a child that is born in the
+# middle of another thread's transaction would believe that it holds the locks of its parent, and one that is born while
+# another thread opens or closes a file would wait forever for what that thread holds within SQLite.
 _CONNECTIONS: weakref.WeakSet[Connection] = weakref.WeakSet()
-_REGISTER = threading.Lock()
-_HELD: list[threading.Lock] = []
+_HELD: list[Iterator[None]] = []
+
+OPENING = threading.RLock()
+"""Held by whoever opens or closes an SQLite file, or uses one other than by a `Connection`: no fork comes in between.
+A thread that also takes a turn in a connection takes that first. It may come here twice, as Python clears connections
+away at any time."""
 
 # Connections that came through a fork. SQLite forbids to use them in the child, even to close them, so they are kept.
 _INHERITED: list[sqlite3.Connection] = []
@@ -41,8 +47,6 @@ class Connection:
         self._lock = threading.Lock()
         self._pid, self._wait = -1, _BUSY_SECONDS
         self._open()
-        with _REGISTER:
-            _CONNECTIONS.add(self)
 
     @contextmanager
     def transaction(self, begin: str = "", busy_seconds: float | None = None) -> Iterator[sqlite3.Connection]:
@@ -80,13 +84,14 @@ class Connection:
             self._closer()
 
     def _open(self) -> None:
-        with _sqlite_errors(self.file):
+        with OPENING, _sqlite_errors(self.file):
             self._inode = self._found()
             self._db = _open(self.file)
             self._wait = _BUSY_SECONDS
             self._closer = weakref.finalize(self, _close, self._db, os.getpid())
             self._on_open(self._db)
             self._pid = os.getpid()
+            _CONNECTIONS.add(self)
 
     def _reopen(self) -> None:
         self._closer()
@@ -119,7 +124,8 @@ def _open(file: Path) -> sqlite3.Connection:
 
 def _close(db: sqlite3.Connection, pid: int) -> None:
     if pid == os.getpid():
-        db.close()
+        with OPENING:
+            db.close()
     else:
         _INHERITED.append(db)
 
@@ -134,18 +140,36 @@ def _sqlite_errors(file: Path) -> Iterator[None]:
 
 
 def _before_fork() -> None:
-    _REGISTER.acquire()
-    # In the order in which a thread that has one of them may wait for another.
-    _HELD[:] = [connection._lock for connection in sorted(_CONNECTIONS, key=lambda connection: connection.rank)]
-    for lock in _HELD:
-        lock.acquire()
+    """Waits until no thread is in SQLite, and keeps it so; an interrupt does not end the wait."""
+    interrupt = None
+    while not _HELD:
+        held: list[Iterator[None]] = []
+        try:
+            with OPENING:
+                connections = sorted(_CONNECTIONS, key=lambda connection: connection.rank)
+            # In the order in which a thread that has one of them may wait for another.
+            locks: list[AbstractContextManager[Any]] = [connection._lock for connection in connections]
+            for lock in [*locks, OPENING]:
+                held.append(_holding(lock))
+                next(held[-1])
+            if set(_CONNECTIONS) == set(connections):
+                _HELD.extend(held)
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        # Python can only print it, and forks all the same.
+        held = []
+        raise interrupt
 
 
-def _after_fork() -> None:
-    for lock in _HELD:
-        lock.release()
-    _HELD.clear()
-    _REGISTER.release()
+def _holding(lock: AbstractContextManager[Any]) -> Iterator[None]:
+    """Holds a lock from its first step until nobody refers to it any more."""
+    # `with` alone takes a lock so that no interrupt comes between taking it and knowing that it is held.
+    with lock:
+        yield
 
+
+# Not a function of ours, in which an interrupt could come before it lets go.
+_after_fork = _HELD.clear
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

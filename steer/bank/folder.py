@@ -5,7 +5,7 @@ people.bank/
     index.sqlite                             (user, name) -> where the state lies
     segments/00000001-5f0c2a9e.safetensors   tensors of states, or what describes them
     artifacts/<hash>.safetensors             what a method shares between users
-    commits                                  number of the last commit that was finished
+    commits                                  number of the next commit
 """
 
 from __future__ import annotations
@@ -81,21 +81,19 @@ def open_or_create(path: Path, *, create: bool, hashed: bool | None = None, salt
     return manifest
 
 
-def read_commits(path: Path) -> int:
-    """Number of a commit that was finished in a bank, of the last one if nobody was killed; 0 where it is not known."""
+def read_next_commit(path: Path) -> int:
+    """Number of the commit that a bank expects next; 0 where that is not known."""
     try:
-        count, *word = (path / COMMITS).read_text(encoding="ascii").split()
-        # Without the word it was written when a commit began, by an earlier release.
-        return int(count) - (word != ["done"])
+        return int((path / COMMITS).read_text(encoding="ascii"))
     except (OSError, ValueError):
         return 0
 
 
-def write_commits(path: Path, count: int) -> None:
-    """Notes the number of a commit that is finished, in one write of always the same length."""
+def write_next_commit(path: Path, number: int) -> None:
+    """Notes the number of the commit that is expected next, in one write of always the same length."""
     descriptor = os.open(path / COMMITS, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
-        os.pwrite(descriptor, f"{count:019d} done\n".encode(), 0)
+        os.pwrite(descriptor, f"{number:019d}\n".encode(), 0)
     finally:
         os.close(descriptor)
 
@@ -113,6 +111,7 @@ def _create(path: Path, manifest: Manifest) -> None:
                 folder.mkdir()
             (draft / MANIFEST).write_text(json.dumps(_described(manifest), indent=2) + "\n", encoding="utf-8")
             Index.create(draft / INDEX, manifest.salt_check)
+            write_next_commit(draft, 1)
     except SteerError:
         # Another process may have created the same bank in the meantime; that one is as good.
         if not (path / MANIFEST).is_file():

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steer.bank.connection import Connection
+from steer.bank.connection import OPENING, Connection
 from steer.bank.layout import DTYPES, Layout
 from steer.bank.segment import FILE, Segment
 from steer.errors import Damage, SteerError
@@ -189,7 +189,7 @@ class Index:
     @staticmethod
     def create(file: Path, salt_check: bytes) -> None:
         """Makes an empty index in a new file."""
-        with closing(sqlite3.connect(file, isolation_level=None)) as db:
+        with OPENING, closing(sqlite3.connect(file, isolation_level=None)) as db:
             # So that a compaction can give back pages without writing the whole file anew.
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")
             db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
@@ -296,6 +296,11 @@ class Index:
         """What has been deleted and may not have been erased yet."""
         with self._reading() as db:
             return _erasures(db)
+
+    def commits(self) -> int:
+        """How many commits there have been."""
+        with self._reading() as db:
+            return _commits(db)
 
     def placed(self, segment: Segment, part: str) -> Iterator[list[Entry]]:
         """The entries whose "tensors" or "facts" lie in a segment, in the order in which they lie, by pages."""
@@ -516,11 +521,8 @@ class Writer:
         self._db.execute("UPDATE bank SET generation = generation + 1")
 
     def commits(self) -> int:
-        """How many commits there have been."""
-        (count,) = self._db.execute("SELECT commits FROM bank").fetchone() or (None,)
-        if type(count) is not int:
-            raise Damage("damaged: the bank's index does not say how many commits there were")
-        return count
+        """Like `Index.commits`."""
+        return _commits(self._db)
 
     def count_commit(self, count: int) -> None:
         """Notes that this is the commit of that number."""
@@ -556,9 +558,9 @@ class Writer:
 
 
 def _tables(db: sqlite3.Connection) -> list[tuple[str, ...]]:
-    # Without white space, and without the tables that SQLite makes for itself.
-    rows = db.execute("SELECT type, name, sql FROM sqlite_master WHERE substr(name, 1, 7) <> 'sqlite_' ORDER BY name")
-    return [(kind, name, "".join(str(sql).split())) for kind, name, sql in rows]
+    # All of them, as in a file from elsewhere what is named like SQLite's own may be a trigger. Without white space.
+    rows = db.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name")
+    return [(*names, "".join(str(sql).split())) for *names, sql in rows]
 
 
 def _find(db: sqlite3.Connection, name: str, users: Sequence[bytes]) -> list[Entry]:
@@ -656,6 +658,13 @@ def _erasures(db: sqlite3.Connection) -> list[Stretch]:
     if not all(type(number) is int and number >= 0 for stretch in found for number in stretch):
         raise Damage("damaged: the bank's index does not say what is to be erased")
     return found
+
+
+def _commits(db: sqlite3.Connection) -> int:
+    (count,) = db.execute("SELECT commits FROM bank").fetchone() or (None,)
+    if type(count) is not int:
+        raise Damage("damaged: the bank's index does not say how many commits there were")
+    return count
 
 
 def _insert(db: sqlite3.Connection, statement: str, *values: str | int | None) -> int:

@@ -15,8 +15,8 @@ import json
 import os
 import re
 import struct
-import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,8 +89,8 @@ class Segments:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         # By name, as a number is given again when the writer who had it first came to nothing.
+        # Used without a lock, which a fork could leave held. Of a file that two threads open at once, one is kept.
         self._open: dict[str, _File] = {}
-        self._opening = threading.Lock()
 
     def read(self, segment: Segment, at: int, into: memoryview) -> None:
         """Fills a buffer of bytes from element `at` on.
@@ -252,11 +252,12 @@ class Segments:
     def _file(self, segment: Segment) -> _File:
         file = self._open.get(segment.file)
         if file is None:
-            with self._opening:
-                # Whoever reads from one that is dropped here holds on to it.
-                while len(self._open) >= _KEPT_OPEN:
+            file = self._opened(segment)
+            while len(self._open) >= _KEPT_OPEN:
+                # Whoever reads from one that is dropped here holds on to it. Another thread may drop it first.
+                with suppress(StopIteration, KeyError, RuntimeError):
                     del self._open[next(iter(self._open))]
-                file = self._open[segment.file] = self._opened(segment)
+            self._open[segment.file] = file
         return file
 
     def _opened(self, segment: Segment) -> _File:

@@ -7,6 +7,11 @@ files and bytes that no entry refers to. Whoever writes next, or opens the bank,
 A state goes in two steps. One transaction removes the entry and notes where it lay; then its bytes are overwritten
 with zeros, synced, and the note is removed. Killed in between, the note tells the next one to finish. This is so when
 a state is deleted and when it is replaced, and no place is used twice.
+
+What no entry refers to is taken for a killed writer's, so an index that is older than the segments must be noticed:
+to it, whatever came later looks just like that. The file `commits` has the number of the next commit. It is written
+after each commit, and before anything is cleared away it is made to agree with the index: an index whose next commit
+would be an earlier one is an old one.
 """
 
 from __future__ import annotations
@@ -124,14 +129,10 @@ def writing(store: Store) -> Iterator[Writer]:
     try:
         with store.index.writing() as writer:
             recover(store, writer)
-            count = writer.commits()
-            # Also what somebody finished who was killed before noting it, or was slow to.
-            folder.write_commits(store.path, count)
-            writer.count_commit(count + 1)
+            number = writer.commits() + 1
+            writer.count_commit(number)
             yield writer
-        with suppress(OSError):
-            # The next writer notes it otherwise.
-            folder.write_commits(store.path, count + 1)
+        _note_commit(store, number)
     except BaseException as error:
         # Files that were made for it are not kept open, as they would keep their space.
         store.segments.forget()
@@ -147,11 +148,14 @@ def recover(store: Store, writer: Writer) -> None:
     Raises:
         Damage: there have been commits that the index does not know, so what it does not refer to may be somebody's.
     """
-    if folder.read_commits(store.path) > writer.commits():
+    following = writer.commits() + 1
+    if folder.read_next_commit(store.path) > following:
         raise Damage(
             f"{store.path}: {folder.INDEX} is older than the other files, so they do not belong together. Restore the "
             "whole folder from one copy; nothing was changed"
         )
+    # Before any commit that an older index does not know has consequences.
+    folder.write_next_commit(store.path, following)
     usages = writer.segments()
     for path in list(_remains(store, usages)):
         path.unlink(missing_ok=True)
@@ -173,6 +177,14 @@ def recover(store: Store, writer: Writer) -> None:
         writer.erased()
 
 
+def _note_commit(store: Store, number: int) -> None:
+    """Notes that a commit is done, unless others have noted later ones since."""
+    # Whoever comes next notes it as well: the commit is not undone if that fails here.
+    with suppress(OSError):
+        if folder.read_next_commit(store.path) <= number:
+            folder.write_next_commit(store.path, number + 1)
+
+
 def latest(usages: Sequence[Usage]) -> dict[str, Usage]:
     """For each dtype the segment that was made last: the only one that may still be filling up."""
     return {usage.segment.dtype: usage for usage in usages}
@@ -181,7 +193,8 @@ def latest(usages: Sequence[Usage]) -> dict[str, Usage]:
 def _is_settled(store: Store) -> bool:
     usages = store.index.segments()
     return not (
-        store.index.erasures()
+        folder.read_next_commit(store.path) != store.index.commits() + 1
+        or store.index.erasures()
         or any(True for _ in _remains(store, usages))
         or any(store.segments.has_rest(usage.segment, usage.used) for usage in latest(usages).values())
     )
