@@ -616,7 +616,7 @@ def test_what_goes_to_the_hub(folder: Path, bank: Bank, monkeypatch: pytest.Monk
     assert calls[0]["private"]
     assert calls[1]["delete_patterns"] == calls[1]["allow_patterns"] == calls[2]["allow_patterns"]
     assert sorted(path.name for path in pulled.path.iterdir()) == [
-        "artifacts", "index.sqlite", "manifest.json", "segments"
+        "artifacts", "commits", "index.sqlite", "manifest.json", "segments"
     ]  # fmt: skip
     assert all(path.is_file() for path in (pulled.path / "segments").iterdir())
 
