@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from steer.companion import require_same_vocabulary
 from steer.errors import SteerError, UnknownUser
 from steer.inject import Condition, Edit, MemoryEdit, PrefixEdit, SiteEdit, StreamEdit
 from steer.inject.residual import in_turn
@@ -41,14 +42,23 @@ class Plan:
     prefix: PrefixEdit | None = None
     memory: tuple[MemoryEdit, ...] = ()
     streams: StreamEdit | None = None
+    models: Mapping[str, FrozenLM] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, lm: FrozenLM, edits: Iterable[Edit], batch: int) -> Plan:
+    def of(
+        cls, lm: FrozenLM, edits: Iterable[Edit], batch: int, models: Mapping[str, FrozenLM] | None = None
+    ) -> Plan:
         """Sorts and validates edits.
+
+        Args:
+            lm: the model that is steered.
+            edits: of all rows.
+            batch: number of rows.
+            models: others, by the names under which streams mention them.
 
         Raises:
             SteerError: an edit has another number of rows or another width than the batch and the model, its site does
-                not exist, or two edits contrast the same row.
+                not exist, two edits contrast the same row, or a stream's model is not there or has another vocabulary.
         """
         edits = list(edits)
         residual = tuple(in_turn(e.at(e.site.canonical()) for e in edits if isinstance(e, SiteEdit)))
@@ -69,15 +79,29 @@ class Plan:
             _check(f"memories for {attend.site}", attend.memory, batch, attend.layer.key.in_features)
             _check(f"outputs of the cross-attention at {attend.site}", attend.layer.out.weight.T, None, lm.width)
         for stream in streams:
-            if not len(stream.contexts) == len(stream.lams) == batch:
-                raise SteerError(f"{len(stream.contexts)} contexts and {len(stream.lams)} λ for a batch of {batch}")
+            if len(stream.mixtures) != batch:
+                raise SteerError(f"{len(stream.mixtures)} mixtures for a batch of {batch}")
+            for name in sorted(stream.models):
+                _require_model(lm, name, models or {})
         return cls(
             batch=batch,
             residual=residual,
             prefix=PrefixEdit.concatenate(prefixes) if prefixes else None,
             memory=memory,
             streams=StreamEdit.merge(streams) if streams else None,
+            models=models or {},
         )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether some row is mixed from streams."""
+        return self.streams is not None and any(self.streams.mixtures)
+
+    @property
+    def touches_all_streams(self) -> bool:
+        """Whether all streams of a row carry the row's other edits."""
+        mixtures = [] if self.streams is None else self.streams.mixtures
+        return all(mixture is None or mixture.steered == "all" for mixture in mixtures)
 
     @property
     def trains(self) -> bool:
@@ -98,6 +122,16 @@ class Plan:
         sites = {edit.site for edit in self.residual} | {edit.site for edit in self.memory}
         sites |= {condition.site.canonical() for condition in self.conditions}
         return sites if self.prefix is None else sites | {Site("embed")}
+
+
+def _require_model(lm: FrozenLM, name: str, models: Mapping[str, FrozenLM]) -> None:
+    if name not in models:
+        raise SteerError(
+            f"a stream needs the model {name!r}, which is not at hand; pass models={{{name!r}: steer.load(...)}}"
+        )
+    if models[name] is lm:
+        raise SteerError(f"the model {name!r} is the steered one itself; its streams need no name")
+    require_same_vocabulary(lm, models[name], name)
 
 
 def _check(what: str, values: Tensor, rows: int | None, width: int) -> None:

@@ -4,7 +4,7 @@ from steer.inject.condition import Condition, Decision
 from steer.inject.memory import GatedCrossAttention, MemoryEdit
 from steer.inject.prefix import PrefixEdit
 from steer.inject.residual import LowRankEdit, ProjectionEdit, ResidualEdit, SiteEdit
-from steer.inject.streams import StreamEdit
+from steer.inject.streams import Mixture, Stream, StreamEdit
 
 Edit = SiteEdit | PrefixEdit | MemoryEdit | StreamEdit
 
@@ -15,9 +15,11 @@ __all__ = [
     "GatedCrossAttention",
     "LowRankEdit",
     "MemoryEdit",
+    "Mixture",
     "PrefixEdit",
     "ProjectionEdit",
     "ResidualEdit",
     "SiteEdit",
+    "Stream",
     "StreamEdit",
 ]

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Edit, StreamEdit
@@ -75,4 +73,4 @@ class CoS(Method):
         """One stream edit."""
         contexts = [None if state is None else state.data["context"] for state in states]
         lams = [0.0 if state is None else float(state.data["lam"]) for state in states]
-        return [StreamEdit(contexts, torch.tensor(lams))]
+        return [StreamEdit.contrast(contexts, lams)]
