@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def geometric(
-    logits: Float[Tensor, "row vocab"], weights: Float[Tensor, " row"], owners: Int[Tensor, " row"], batch: int, floors=None
+    logits: Float[Tensor, "row vocab"],
+    weights: Float[Tensor, " row"],
+    owners: Int[Tensor, " row"],
+    batch: int,
+    floors=None,
 ) -> Float[Tensor, "batch vocab"]:
     """Geometric mixture `out[b] = sum of weights[r] * logits[r] over the rows r with owners[r] == b`, in float32.
 
@@ -34,7 +38,11 @@ def geometric(
 
 
 def naive_geometric(
-    logits: Float[Tensor, "row vocab"], weights: Float[Tensor, " row"], owners: Int[Tensor, " row"], batch: int, floors=None
+    logits: Float[Tensor, "row vocab"],
+    weights: Float[Tensor, " row"],
+    owners: Int[Tensor, " row"],
+    batch: int,
+    floors=None,
 ) -> Float[Tensor, "batch vocab"]:
     """Reference of `geometric` in float64: one batch row and one stream at a time."""
     logits, weights = logits.double(), weights.double()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from transformers.generation.configuration_utils import GenerationMode
 
 from steer.errors import SteerError
@@ -51,7 +51,6 @@ class Companion:
             self._kwargs["position_ids"] = (self._kwargs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         if "logits_to_keep" in inspect.signature(lm.model.forward).parameters:
             self._kwargs["logits_to_keep"] = 1
-        # `num_return_sequences` is in the rows already.
         self._model._prepare_cache_for_generation(
             _of_single_rows(config), self._kwargs, GenerationMode.GREEDY_SEARCH, len(rows), ids.shape[1] + tokens
         )
@@ -84,8 +83,7 @@ def require_same_vocabulary(lm: FrozenLM, other: FrozenLM, name: str) -> None:
 
 
 def _of_single_rows(config: GenerationConfig) -> GenerationConfig:
-    import copy
-
+    """transformers would make room for as many return sequences of each row."""
     config = copy.copy(config)
     config.num_return_sequences = 1
     return config

@@ -137,10 +137,7 @@ class Decoding:
         assert prepared is not None and edit is not None
         batch = owners.tolist()
         mixtures = [edit.mixtures[owner] for owner in batch]
-        own = [
-            ids[mask.bool()].tolist()
-            for ids, mask in zip(prepared.input_ids, prepared.attention_mask, strict=True)
-        ]
+        own = [ids[mask.bool()].tolist() for ids, mask in zip(prepared.input_ids, prepared.attention_mask, strict=True)]
         rows = [own[owner] for owner in batch]
         further = [(row, stream, ids) for row, owner in enumerate(batch) for stream, ids in prepared.further[owner]]
         inside = [(row, stream, ids) for row, stream, ids in further if stream.model is None]
@@ -169,17 +166,17 @@ class Decoding:
             heads=heads,
             mix=Mix.of(mixtures, weights, torch.tensor(stream_owners, device=device)),
             companions=companions,
-            batch=len(batch),
-            padding=ids.shape[1] - input_ids.shape[1],
+            prompts=input_ids,
         )
 
     def _padded(
         self, rows: list[list[int]], groups: list[int], at_least: int, config: Any
     ) -> tuple[Tensor, Tensor, Heads | None]:
         """Left-pads the rows; those of one prompt share what they have in common at the beginning, if it pays."""
-        counts = torch.bincount(torch.tensor(groups))
-        lengths = torch.tensor(head_lengths(rows, groups))
-        spared = int(((counts - 1) * lengths).sum())
+        heads = head_lengths(rows, groups)
+        tails = max(len(row) - heads[group] for row, group in zip(rows, groups, strict=True))
+        # Of the padded rows, as padding is computed like any other token.
+        spared = len(rows) * (max(map(len, rows)) - tails) - len(heads) * max(heads)
         # Padding between a head and what follows would take up places in a window, what a condition reads comes in one
         # piece, and whoever asks for the prompt's hidden states wants all of them.
         whole = self.lm.sliding_window is not None or self.plan.conditions or not self.plan.touches_all_streams

@@ -45,9 +45,7 @@ class Plan:
     models: Mapping[str, FrozenLM] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, lm: FrozenLM, edits: Iterable[Edit], batch: int, models: Mapping[str, FrozenLM] | None = None
-    ) -> Plan:
+    def of(cls, lm: FrozenLM, edits: Iterable[Edit], batch: int, models: Mapping[str, FrozenLM] | None = None) -> Plan:
         """Sorts and validates edits.
 
         Args:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -56,8 +56,7 @@ class Streams:
         heads: what groups of rows have in common; None if everybody reads their own.
         mix: from the logits of all rows, and of the companions', to those of the own rows.
         companions: other models that take part.
-        batch: how many own rows there are.
-        padding: how much longer the rows are than the batch's own were.
+        prompts: the batch's own rows, as they were.
     """
 
     input_ids: Int[Tensor, "row pos"]
@@ -67,8 +66,22 @@ class Streams:
     heads: Heads | None
     mix: Mix
     companions: Sequence[Companion]
-    batch: int
-    padding: int
+    prompts: Int[Tensor, "own pos"]
+
+    @property
+    def batch(self) -> int:
+        """How many own rows there are."""
+        return len(self.prompts)
+
+    @property
+    def padding(self) -> int:
+        """How much longer the rows are than the batch's own were."""
+        return self.input_ids.shape[1] - self.prompts.shape[1]
+
+    def own_ids(self, input_ids: Int[Tensor, "row pos"]) -> Int[Tensor, "own pos"]:
+        """Of what all rows have by now, that of the batch's own, without the padding that streams brought."""
+        new = input_ids[: self.batch, self.input_ids.shape[1] :]
+        return torch.cat([self.prompts, new], dim=1)
 
     def processor(self, inner: Processor, *, sample: bool) -> Processor:
         """Mixes raw logits, lets transformers' own processors work on the own rows, and gives all rows one choice."""
@@ -76,7 +89,7 @@ class Streams:
         def process(input_ids: Tensor, logits: Tensor) -> Tensor:
             if self.companions:
                 logits = torch.cat([logits, *_as_wide(logits, [c.logits(input_ids) for c in self.companions])])
-            scores = inner(input_ids[: self.batch, self.padding :], self.mix(logits))
+            scores = inner(self.own_ids(input_ids), self.mix(logits))
             if sample:
                 # Rows that share a token must not draw it separately.
                 scores = only(scores, torch.multinomial(scores.softmax(-1), 1).squeeze(1))
@@ -97,17 +110,18 @@ class Streams:
     def own(self, output: Any) -> Any:
         """Cuts what `generate` returns down to the batch's own rows."""
         if isinstance(output, torch.Tensor):
-            return output[: self.batch, self.padding :]
-        output["sequences"] = output["sequences"][: self.batch, self.padding :]
+            return self.own_ids(output)
+        output["sequences"] = self.own_ids(output["sequences"])
         for name in ("scores", "logits", "attentions", "hidden_states"):
             if output.get(name) is not None:
-                output[name] = self._cut(output[name])
+                output[name] = self.cut(output[name])
         # Its rows are not the batch's, so nobody could go on from it.
         output["past_key_values"] = None
         return output
 
-    def _cut(self, value: Any) -> Any:
-        return value[: self.batch] if isinstance(value, torch.Tensor) else tuple(self._cut(item) for item in value)
+    def cut(self, value: Any) -> Any:
+        """The own rows of a tensor, or of each in a tuple of tuples."""
+        return value[: self.batch] if isinstance(value, torch.Tensor) else tuple(self.cut(item) for item in value)
 
 
 class _OwnCriterion(StoppingCriteria):
@@ -118,7 +132,7 @@ class _OwnCriterion(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         streams = self.streams
-        done = self.inner(input_ids[: streams.batch, streams.padding :], streams._cut(scores), **kwargs)
+        done = self.inner(streams.own_ids(input_ids), streams.cut(scores), **kwargs)
         return done[streams.owners] if isinstance(done, torch.Tensor) else done
 
 
@@ -179,8 +193,9 @@ def head_lengths(rows: Sequence[Sequence[int]], groups: Sequence[int]) -> list[i
         members.setdefault(group, []).append(row)
     found = []
     for _, own in sorted(members.items()):
-        common = len(os.path.commonprefix([list(row) for row in own]))
-        found.append(min(common, min(len(row) for row in own) - 1))
+        columns = zip(*own, strict=False)
+        common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        found.append(min(common, min(map(len, own)) - 1))
     return found
 
 

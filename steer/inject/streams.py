@@ -163,9 +163,7 @@ class Mix:
     nuclei: Float[Tensor, " batch"] | None
 
     @classmethod
-    def of(
-        cls, mixtures: Sequence[Mixture | None], weights: Sequence[float], owners: Int[Tensor, " stream"]
-    ) -> Mix:
+    def of(cls, mixtures: Sequence[Mixture | None], weights: Sequence[float], owners: Int[Tensor, " stream"]) -> Mix:
         """Puts the rows' mixtures into tensors on the device of `owners`."""
         rows = [mixture or Mixture((Stream(1.0),)) for mixture in mixtures]
 
