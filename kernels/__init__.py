@@ -1,7 +1,7 @@
 """Pure tensor functions: no model, no I/O. Each stands beside a readable reference, `naive_*`, in the same file."""
 
 from steer.kernels.attention import attend, naive_attend
-from steer.kernels.mixture import arithmetic, geometric, keep_nucleus, naive_geometric
+from steer.kernels.mixture import geometric, naive_geometric
 from steer.kernels.rows import (
     add_rows,
     add_rows_keeping_norm,

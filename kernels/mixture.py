@@ -12,11 +12,7 @@ if TYPE_CHECKING:
 
 
 def geometric(
-    logits: Float[Tensor, "row vocab"],
-    weights: Float[Tensor, " row"],
-    owners: Int[Tensor, " row"],
-    batch: int,
-    floors=None,
+    logits: Float[Tensor, "row vocab"], weights: Float[Tensor, " row"], owners: Int[Tensor, " row"], batch: int
 ) -> Float[Tensor, "batch vocab"]:
     """Geometric mixture `out[b] = sum of weights[r] * logits[r] over the rows r with owners[r] == b`, in float32.
 
@@ -38,11 +34,7 @@ def geometric(
 
 
 def naive_geometric(
-    logits: Float[Tensor, "row vocab"],
-    weights: Float[Tensor, " row"],
-    owners: Int[Tensor, " row"],
-    batch: int,
-    floors=None,
+    logits: Float[Tensor, "row vocab"], weights: Float[Tensor, " row"], owners: Int[Tensor, " row"], batch: int
 ) -> Float[Tensor, "batch vocab"]:
     """Reference of `geometric` in float64: one batch row and one stream at a time."""
     logits, weights = logits.double(), weights.double()
@@ -60,17 +52,3 @@ def naive_geometric(
             for weight, logit in others:
                 out[owner, token] += weight * (own if logit == minus_inf else logit)
     return out
-
-
-def arithmetic(logits, weights, owners, batch, powers, scales, floors=None):
-    lp = logits.float().log_softmax(-1)
-    terms = powers[owners][:, None] * lp + weights.log()[:, None]
-    out = torch.full((batch, logits.shape[1]), float("-inf"))
-    for r, o in enumerate(owners.tolist()):
-        if weights[r] > 0:
-            out[o] = torch.logaddexp(out[o], terms[r])
-    return scales[:, None] * out
-
-
-def keep_nucleus(logits, shares):
-    return logits
