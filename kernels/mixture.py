@@ -253,7 +253,9 @@ def _where_finite(values: Tensor, otherwise: float, out: Tensor | None = None) -
 
 def _naive_filter(out: Tensor, logits: Tensor, floors: Tensor | None) -> Tensor:
     """Reference of the plausibility filter: one row and one token at a time."""
-    for owner in range(0 if floors is None else len(out)):
+    if floors is None:
+        return out
+    for owner in range(len(out)):
         lowest = float(floors[owner]) + logits[owner].max().item()
         for token in range(out.shape[1]):
             if logits[owner, token].item() < lowest:

@@ -429,6 +429,7 @@ def test_plausibility_filter(mix: Callable[..., Tensor], floor: float) -> None:
 @pytest.mark.parametrize("block", [1, 7, 70, 10_000])
 def test_mixtures_in_blocks(mix: Callable[..., Tensor], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = whole_case()
+    inputs[0] = with_tokens_ruled_out(inputs[0], 0)
     whole = mix(*inputs)
     monkeypatch.setattr(mixture_module, "BLOCK", block)
     torch.testing.assert_close(mix(*inputs), whole, rtol=1e-6, atol=2e-6)
@@ -437,6 +438,7 @@ def test_mixtures_in_blocks(mix: Callable[..., Tensor], block: int, monkeypatch:
 @mixtures
 def test_mixtures_leave_their_inputs_as_they_are(mix: Callable[..., Tensor]) -> None:
     inputs = whole_case()
+    assert inputs[0].dtype == torch.float32  # the dtype in which a cast is no copy
     before = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
     mix(*inputs)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True) if isinstance(a, Tensor))
@@ -497,7 +499,7 @@ def test_keep_nucleus(vocab: int, rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("share", [1e-6, 0.1, 0.5, 0.9, 0.99, 0.9999])
-@pytest.mark.parametrize("spread", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 10.0])
 def test_keep_nucleus_is_the_filter_of_transformers(share: float, spread: float) -> None:
     logits = spread * normal(7, 999)
     logits[2, ::3] = MINUS_INF
