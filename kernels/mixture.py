@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-# Logits that are worked on at a time on a CPU: with what is made of them they stay in a core's second-level cache.
-BLOCK = 2**17
+# Logits that are worked on at a time on a CPU, 1 MiB in float32: few enough that what is made of them stays in the
+# processor's caches, enough that calls take little of the time.
+BLOCK = 2**18
 
 
 def geometric(
@@ -37,8 +38,8 @@ def geometric(
     weights: what is not contrasted has difference 0. It also rounds less than the sum where streams are alike.
 
     Bytes moved: each logit is read once, the own ones twice with a filter, and 4 bytes are written for each result; 12
-    for a result of two float32 streams. That holds for blocks on a CPU and, but for a second write of the results,
-    under torch.compile; on a GPU without it every operation is a pass, 64 bytes.
+    for a result of two float32 streams. That holds for blocks on a CPU. torch.compile makes three passes around the
+    scatter to the own rows, 32 bytes; on a GPU without it every operation is a pass, 64 bytes.
 
     Args:
         floors: plausibility filter of contrastive decoding (Li et al. 2023): a token stays if
@@ -156,15 +157,23 @@ def keep_nucleus(logits: Float[Tensor, "row vocab"], shares: Float[Tensor, " row
     """Leaves in each row the fewest tokens that together have the row's share of the probability; others become −inf.
 
     As in top-p sampling (Holtzman et al. 2020); DExperts (Liu et al. 2021) filters its base so before it mixes. Tokens
-    that tie with the least probable one of the set all stay, so that no order among equals matters. A share of 1 leaves
-    the row as it is, and at least one token always stays. The result has the dtype of the logits; sums are in float32.
+    that tie with the least probable one of the set, in float32, all stay, so that no order among equals matters. A
+    share of 1 leaves the row as it is, and at least one token always stays. The result has the dtype of the logits.
+
+    The lowest probability of the set is searched bit by bit, most significant first, which is exact: floats from 0 to 1
+    are ordered like the integers of their bits, the highest two of which are 0. 30 sums take a CPU an eighth of the
+    time of one sort.
     """
-    ordered = logits.sort(-1, descending=True).values
-    before = ordered.softmax(-1, dtype=torch.float32).cumsum(-1) < shares[:, None]
-    # Rounded, all probabilities may sum to less than a share just below 1.
-    last = before.sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
-    lowest = ordered.gather(-1, last).masked_fill(shares[:, None] >= 1, float("-inf"))
-    return logits.masked_fill(logits < lowest, float("-inf"))
+    probabilities, shares = logits.softmax(-1, dtype=torch.float32), shares[:, None]
+    lowest = torch.zeros_like(shares, dtype=torch.int32)
+    inside = torch.empty_like(probabilities)
+    for bit in reversed(range(30)):
+        higher = lowest + (1 << bit)
+        # As 0 and 1: a comparison into floats is vectorized on a CPU, one into bools is not.
+        torch.ge(probabilities, higher.view(torch.float32), out=inside)
+        lowest = torch.where(inside.mul_(probabilities).sum(-1, keepdim=True) >= shares, higher, lowest)
+    cutoffs = torch.minimum(lowest.view(torch.float32), probabilities.amax(-1, keepdim=True))
+    return logits.masked_fill((probabilities < cutoffs) & (shares < 1), float("-inf"))
 
 
 def naive_keep_nucleus(logits: Float[Tensor, "row vocab"], shares: Float[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
@@ -244,7 +253,9 @@ def _where_finite(values: Tensor, otherwise: float, out: Tensor | None = None) -
 
 def _naive_filter(out: Tensor, logits: Tensor, floors: Tensor | None) -> Tensor:
     """Reference of the plausibility filter: one row and one token at a time."""
-    for owner in range(0 if floors is None else len(out)):
+    if floors is None:
+        return out
+    for owner in range(len(out)):
         lowest = float(floors[owner]) + logits[owner].max().item()
         for token in range(out.shape[1]):
             if logits[owner, token].item() < lowest:
