@@ -31,7 +31,7 @@ from steer.contrast import (
     Text,
     chosen_of,
     finite,
-    log_probs,
+    pairs,
     require_temperature,
     text_of,
     tilt_of,
@@ -182,8 +182,8 @@ def infer_lambda(
     ]
     found = torch.empty(len(texts), len(lams), dtype=torch.float64)
     lam, slope, information = torch.empty(3, len(texts), dtype=torch.float64)
-    for i, streams in log_probs(lm, texts, batch_tokens=batch_tokens, on_progress=on_progress):
-        scores, change = tilt_of(streams, temperature)
+    for i, _, *streams in pairs(lm, texts, batch_tokens=batch_tokens, on_progress=on_progress):
+        scores, change = tilt_of(*streams, temperature)
         chosen = chosen_of(texts[i], scores)
         found[i] = tilted_log_probs(scores, change, chosen, lams).double().sum(1).cpu()
         lam[i], slope[i], information[i] = _maximum(
@@ -239,25 +239,12 @@ def infer_context(
         text_of(lm, prompt, response, list(named.values()), opposite=opposite, chat=chat)
         for prompt, response in zip(prompts, responses, strict=True)
     ]
-    owners, first, parts = [], [], []
-    for i, text in enumerate(texts):
-        start = 0
-        # At λ = 0 nothing is contrasted.
-        for part in (text if lam else replace(text, without=None)).parts(batch_tokens):
-            owners.append(i)
-            first.append(start)
-            parts.append(part)
-            start += len(part.prompts)
+    # At λ = 0 nothing is contrasted.
+    streams = texts if lam else [replace(text, without=None) for text in texts]
     found = torch.empty(len(texts), len(named), dtype=torch.float64)
-    left = [owners.count(i) for i in range(len(texts))]
-    for p, streams in log_probs(lm, parts, batch_tokens=batch_tokens):
-        for k in range(len(parts[p].prompts)):
-            scores, change = tilt_of(streams[[k, -1]], temperature)
-            value = tilted_log_probs(scores, change, chosen_of(parts[p], scores), lams)
-            found[owners[p], first[p] + k] = value.double().sum().cpu()
-        left[owners[p]] -= 1
-        if on_progress is not None and not left[owners[p]]:
-            on_progress(left.count(0))
+    for i, k, *pair in pairs(lm, streams, batch_tokens=batch_tokens, on_progress=on_progress):
+        scores, change = tilt_of(*pair, temperature)
+        found[i, k] = tilted_log_probs(scores, change, chosen_of(texts[i], scores), lams).double().sum().cpu()
     posterior = (found + weights.log()).softmax(1)
     return ContextPosterior(tuple(named), found, posterior, torch.tensor([len(t.response) for t in texts]), lam)
 
