@@ -133,7 +133,7 @@ def infer_lambda(
     responses: Sequence[Response],
     contexts: Sequence[str],
     *,
-    opposites: Sequence[str] | None = None,
+    opposites: Sequence[str | None] | None = None,
     grid: Sequence[float] = GRID,
     prior: Sequence[float] | None = None,
     level: float = 0.95,
@@ -152,8 +152,8 @@ def infer_lambda(
         prompts: one a text, as for `FrozenLM.encode`.
         responses: the texts, or their token ids. No end-of-text token is appended to a text.
         contexts: one a text.
-        opposites: contexts that `contexts` are compared with, in place of none: a pair isolates an attribute from its
-            topic.
+        opposites: contexts that `contexts` are compared with, in place of none (None: none): a pair isolates an
+            attribute from its topic.
         grid: λ, in rising order. Its ends are also those between which the maximum is sought.
         prior: weight of each λ of the grid, in the posterior only; equal if None.
         level: of the interval.
@@ -175,7 +175,7 @@ def infer_lambda(
     require_temperature(temperature)
     if not 0 < level < 1:
         raise SteerError(f"level={level} is not between 0 and 1")
-    negatives = [None] * len(prompts) if opposites is None else opposites
+    negatives: Sequence[str | None] = [None] * len(prompts) if opposites is None else opposites
     texts = [
         text_of(lm, prompt, response, [context], opposite=negative, chat=chat)
         for prompt, response, context, negative in zip(prompts, responses, contexts, negatives, strict=True)

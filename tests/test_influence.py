@@ -14,8 +14,10 @@ import torch
 from models import tiny, tokenizer
 from scipy.special import log_softmax
 from scipy.stats import entropy, rankdata
+from typer.testing import CliRunner
 
 import steer
+from steer.cli.app import app
 from steer.contrast import influence_of
 from steer.influence import influence
 
@@ -167,3 +169,29 @@ def test_json_has_all_the_numbers(model: steer.FrozenLM) -> None:
     assert sea["change"] == pytest.approx(found.change[0].tolist())
     assert sea["log_ratio"] == pytest.approx(sum(sea["change"]), rel=1e-4)
     assert sea.keys() == {"log_ratio", "mean_kl", "change", "kl", "rank", "entropy"}
+
+
+def test_steer_influence(model: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("steer.cli.options.load", lambda *_: model)
+
+    def call(*arguments: object) -> Any:
+        asked = ["influence", "--prompt", PROMPT, "--response", RESPONSE, *map(str, arguments)]
+        done = CliRunner().invoke(app, asked)
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return done
+
+    contexts = [CONTEXTS["sea"], CONTEXTS["loud"]]
+    named = ["--context", contexts[0], "--context", contexts[1]]
+    found = influence(model, PROMPT, RESPONSE, contexts)
+    assert json.loads(call(*named, "--json").stdout) == {"model": "smollm2-135m", **found.to_json()}
+    opposed = json.loads(call(*named, "--json", "--opposite", "no.", "--raw").stdout)
+    assert opposed["rank_without"] == influence(model, PROMPT, RESPONSE, contexts, opposite="no.").rank_without.tolist()
+    page, png = tmp_path / "influence.html", tmp_path / "influence.png"
+    shown = call(*named, "--values", "kl", "--html", page, "--png", png).stdout
+    assert RESPONSE in shown
+    assert page.read_text(encoding="utf-8") == found.html("kl")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    for wrong, said in ((["--values", "cosine"], "not one of change, kl, rank"), (["--png", tmp_path], "be written")):
+        with pytest.raises(steer.SteerError, match=said):
+            call(*named, *wrong)
