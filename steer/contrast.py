@@ -218,8 +218,8 @@ def log_likelihoods(
     grid = finite(lams)
     require_temperature(temperature)
     out = torch.empty(len(texts), len(grid), dtype=torch.float64)
-    for i, _, *streams in pairs(lm, texts, batch_tokens=batch_tokens, on_progress=on_progress):
-        scores, change = tilt_of(*streams, temperature)
+    for i, _, with_context, without in pairs(lm, texts, batch_tokens=batch_tokens, on_progress=on_progress):
+        scores, change = tilt_of(with_context, without, temperature)
         out[i] = tilted_log_probs(scores, change, chosen_of(texts[i], scores), grid).double().sum(1).cpu()
     return out, torch.tensor([len(text.response) for text in texts])
 

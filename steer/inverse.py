@@ -182,13 +182,12 @@ def infer_lambda(
     ]
     found = torch.empty(len(texts), len(lams), dtype=torch.float64)
     lam, slope, information = torch.empty(3, len(texts), dtype=torch.float64)
-    for i, _, *streams in pairs(lm, texts, batch_tokens=batch_tokens, on_progress=on_progress):
-        scores, change = tilt_of(*streams, temperature)
+    for i, _, with_context, without in pairs(lm, texts, batch_tokens=batch_tokens, on_progress=on_progress):
+        scores, change = tilt_of(with_context, without, temperature)
         chosen = chosen_of(texts[i], scores)
         found[i] = tilted_log_probs(scores, change, chosen, lams).double().sum(1).cpu()
-        lam[i], slope[i], information[i] = _maximum(
-            _derivatives(scores, change, chosen), *lams[[0, -1]].tolist(), start=lams[found[i].argmax()].item()
-        )
+        derivatives, start = _derivatives(scores, change, chosen), lams[found[i].argmax()].item()
+        lam[i], slope[i], information[i] = _maximum(derivatives, lams[0].item(), lams[-1].item(), start)
     return _posterior(lams, weights, found, lam, slope, information, texts, level, _noise(lm) / temperature)
 
 
@@ -242,8 +241,8 @@ def infer_context(
     # At λ = 0 nothing is contrasted.
     streams = texts if lam else [replace(text, without=None) for text in texts]
     found = torch.empty(len(texts), len(named), dtype=torch.float64)
-    for i, k, *pair in pairs(lm, streams, batch_tokens=batch_tokens, on_progress=on_progress):
-        scores, change = tilt_of(*pair, temperature)
+    for i, k, with_context, without in pairs(lm, streams, batch_tokens=batch_tokens, on_progress=on_progress):
+        scores, change = tilt_of(with_context, without, temperature)
         found[i, k] = tilted_log_probs(scores, change, chosen_of(texts[i], scores), lams).double().sum().cpu()
     posterior = (found + weights.log()).softmax(1)
     return ContextPosterior(tuple(named), found, posterior, torch.tensor([len(t.response) for t in texts]), lam)
