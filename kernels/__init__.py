@@ -23,6 +23,7 @@ from steer.kernels.rows import (
     project_rows,
     similarity_to_projection,
 )
+from steer.kernels.tilt import naive_tilted_log_probs, naive_tilted_moments, tilted_log_probs, tilted_moments
 
 __all__ = [
     "add_rows",
@@ -42,7 +43,11 @@ __all__ = [
     "naive_overwrite_rows",
     "naive_project_rows",
     "naive_similarity_to_projection",
+    "naive_tilted_log_probs",
+    "naive_tilted_moments",
     "overwrite_rows",
     "project_rows",
     "similarity_to_projection",
+    "tilted_log_probs",
+    "tilted_moments",
 ]

@@ -32,9 +32,13 @@ from steer.kernels import (
     naive_overwrite_rows,
     naive_project_rows,
     naive_similarity_to_projection,
+    naive_tilted_log_probs,
+    naive_tilted_moments,
     overwrite_rows,
     project_rows,
     similarity_to_projection,
+    tilted_log_probs,
+    tilted_moments,
 )
 from steer.kernels import mixture as mixture_module
 
@@ -540,3 +544,36 @@ def test_one_graph_for_all_shares() -> None:
         logits, shares = nucleus_inputs(3, 33, seed)
         assert torch.equal(compiled(logits, shares), keep_nucleus(logits, shares))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("vocab", [1, 37, 100_003])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_tilts(vocab: int, tokens: int, dtype: torch.dtype) -> None:
+    """Of tables that are worked on whole, and in several blocks."""
+    log_probs = (3 * normal(tokens, vocab, dtype=dtype)).log_softmax(1)
+    change, chosen = 2 * normal(tokens, vocab, dtype=dtype, seed=1), integers(vocab, tokens)
+    if vocab > 1:
+        # Ruled out at every λ, and never chosen.
+        log_probs[:, 1] = float("-inf")
+        chosen = torch.where(chosen == 1, 0, chosen)
+    lams = torch.tensor([-3.7, -1.0, 0.0, 0.3, 5.0])
+    limit = 1e-12 if dtype == torch.float64 else 2e-6
+    arguments = log_probs, change, chosen
+    actual, expected = tilted_log_probs(*arguments, lams), naive_tilted_log_probs(*arguments, lams)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=limit, atol=limit)
+    for lam in lams.tolist():
+        for actual, expected in zip(
+            tilted_moments(log_probs, change, lam), naive_tilted_moments(log_probs, change, lam), strict=True
+        ):
+            torch.testing.assert_close(actual.double(), expected, rtol=20 * limit, atol=20 * limit)
+
+
+def test_tilts_do_not_overflow() -> None:
+    log_probs, change = torch.tensor([[0.0, -2000.0, -3000.0]]), torch.tensor([[-500.0, 500.0, 0.0]])
+    lams = torch.tensor([-100.0, 2.0, 100.0])
+    assert tilted_log_probs(log_probs, change, torch.tensor([1]), lams)[:, 0].tolist() == pytest.approx(
+        [-102_000.0, -math.log(2), 0.0], abs=1e-4
+    )
+    assert [tilted_moments(log_probs, change, lam)[0].item() for lam in lams.tolist()] == [-500.0, 0.0, 500.0]
