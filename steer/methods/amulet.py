@@ -41,7 +41,7 @@ class Amulet(Contrast):
         records, steered: as for `Contrast`.
 
     Raises:
-        SteerError: one of them is negative, or `anchor` or `eta` is 0.
+        SteerError: one of them is negative, `anchor` or `eta` is 0, or the coefficient is out of all bounds.
     """
 
     name: ClassVar[str] = "amulet"
@@ -55,6 +55,7 @@ class Amulet(Contrast):
         super().__post_init__()
         require_not_negative(steps=self.steps, alpha=self.alpha)
         require_positive(anchor=self.anchor, eta=self.eta)
+        coefficient(self.steps, self.alpha, self.alpha, self.anchor, self.eta)
 
     @property
     def lam(self) -> float:

@@ -42,7 +42,7 @@ class CoSteer(Contrast):
         records, steered: as for `Contrast`.
 
     Raises:
-        SteerError: one of them is negative, or `anchor` or `eta` is 0.
+        SteerError: one of them is negative, `anchor` or `eta` is 0, or the coefficient is out of all bounds.
     """
 
     name: ClassVar[str] = "costeer"
@@ -58,6 +58,7 @@ class CoSteer(Contrast):
         super().__post_init__()
         require_not_negative(steps=self.steps, alpha=self.alpha, beta=self.beta)
         require_positive(anchor=self.anchor, eta=self.eta)
+        coefficient(self.steps, self.alpha, self.beta, self.anchor, self.eta)
 
     @property
     def coefficient(self) -> float:

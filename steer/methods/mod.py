@@ -99,9 +99,8 @@ class MOD(Contrast):
         counts |= set() if self.weights is None else {len(self.weights)}
         if len(counts) != 1 or 0 in counts or not parts:
             found = ", ".join(f"{len(values)} {what}" for what, values in parts.items()) or "no policies"
-            raise SteerError(
-                f"{found} for {len(self.weights or [])} weights; give as many of each as there are policies"
-            )
+            counted = "no" if self.weights is None else len(self.weights)
+            raise SteerError(f"{found}, and {counted} weights; give as many of each as there are policies")
         for what, values in parts.items():
             for value in values:
                 require_text("-" if value is None else value, what.removesuffix("s"))
