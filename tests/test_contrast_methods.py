@@ -137,7 +137,7 @@ RECIPES: dict[str, tuple[UserState, Callable[[Policy], Tensor]]] = {
     "cos": (CoS(lam=1.5).state(PIRATE), lambda lp: 2.5 * lp(PIRATE) - 1.5 * lp()),
     "cos, attenuated": (CoS(lam=-0.4).state(PIRATE), lambda lp: 0.6 * lp(PIRATE) + 0.4 * lp()),
     "cos_many": (
-        CoSMany(lams=[2.0, -0.5]).state([PIRATE, CLERK]),
+        CoSMany(lams=(2.0, -0.5)).state((PIRATE, CLERK)),
         lambda lp: lp() + 2.0 * (lp(PIRATE) - lp()) - 0.5 * (lp(CLERK) - lp()),
     ),
     "cos_pair": (
@@ -161,7 +161,7 @@ RECIPES: dict[str, tuple[UserState, Callable[[Policy], Tensor]]] = {
     "amulet": (Amulet().state(BRIEF), iterated_amulet),
     "costeer": (CoSteer("small", beta=1.5).state(PIRATE), iterated_costeer),
     "mod, reverse-kl": (
-        MOD([0.2, 0.5, 0.3]).state([PIRATE, CLERK, None]),
+        MOD((0.2, 0.5, 0.3)).state((PIRATE, CLERK, None)),
         lambda lp: 0.2 * lp(PIRATE) + 0.5 * lp(CLERK) + 0.3 * lp(),
     ),
     "mod, forward-kl": (

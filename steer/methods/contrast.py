@@ -65,7 +65,9 @@ class Contrast(Method):
 
     def _made(self, data: Mapping[str, Any]) -> UserState:
         """A state of this data and of the hyper-parameters."""
-        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "records"}
+        settings = {
+            field.name: _as_json(getattr(self, field.name)) for field in fields(self) if field.name != "records"
+        }
         return UserState(Provenance(method=self.name, version=self.version, settings=settings), data=data)
 
 
@@ -132,3 +134,10 @@ def one_each(name: str, values: float | Sequence[float], texts: Sequence[object]
     if len(values) != len(texts):
         raise SteerError(f"{len(values)} {name} for {len(texts)} contexts; give one for each, or one number for all")
     return [float(value) for value in values]
+
+
+def _as_json(value: Any) -> Any:
+    """The value as it reads back from a bank."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
