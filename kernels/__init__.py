@@ -1,7 +1,14 @@
 """Pure tensor functions: no model, no I/O. Each stands beside a readable reference, `naive_*`, in the same file."""
 
 from steer.kernels.attention import attend, naive_attend
-from steer.kernels.mixture import arithmetic, geometric, keep_nucleus, naive_geometric
+from steer.kernels.mixture import (
+    arithmetic,
+    geometric,
+    keep_nucleus,
+    naive_arithmetic,
+    naive_geometric,
+    naive_keep_nucleus,
+)
 from steer.kernels.rows import (
     add_rows,
     add_rows_keeping_norm,
@@ -20,13 +27,17 @@ from steer.kernels.rows import (
 __all__ = [
     "add_rows",
     "add_rows_keeping_norm",
+    "arithmetic",
     "attend",
     "geometric",
+    "keep_nucleus",
     "low_rank_rows",
     "naive_add_rows",
     "naive_add_rows_keeping_norm",
+    "naive_arithmetic",
     "naive_attend",
     "naive_geometric",
+    "naive_keep_nucleus",
     "naive_low_rank_rows",
     "naive_overwrite_rows",
     "naive_project_rows",

@@ -57,6 +57,17 @@ def load(model: str, device: str | None, dtype: str | None) -> FrozenLM:
         return steer.load(model, device=device, dtype=None if dtype is None else dtypes[dtype])
 
 
+def load_beside(pairs: list[str], device: str | None, dtype: str | None) -> dict[str, FrozenLM]:
+    """Loads the models of `small=smollm2-135m` and so on, by these names."""
+    models: dict[str, FrozenLM] = {}
+    for pair in pairs:
+        name, equals, model = pair.partition("=")
+        if not (name and equals and model):
+            raise SteerError(f"--beside {pair} is not a name and a model, such as small=smollm2-135m")
+        models[name] = load(model, device, dtype)
+    return models
+
+
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
     """Reads `step=10` and so on; what is JSON or Python, such as `8,23`, is read as that, anything else is text."""
     settings: dict[str, Any] = {}

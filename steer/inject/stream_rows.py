@@ -88,7 +88,7 @@ class Streams:
 
         def process(input_ids: Tensor, logits: Tensor) -> Tensor:
             if self.companions:
-                logits = torch.cat([logits, *_as_wide(logits, [c.logits(input_ids) for c in self.companions])])
+                logits = torch.cat([logits, *as_wide(logits, [c.logits(input_ids) for c in self.companions])])
             scores = inner(self.own_ids(input_ids), self.mix(logits))
             if sample:
                 # Rows that share a token must not draw it separately.
@@ -199,7 +199,7 @@ def head_lengths(rows: Sequence[Sequence[int]], groups: Sequence[int]) -> list[i
     return found
 
 
-def _as_wide(logits: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
+def as_wide(logits: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
     """Logits of other models, as wide as the first: tables of embeddings are padded to different sizes.
 
     What only one of them has are no tokens, as their vocabularies are the same; none can be chosen.
