@@ -16,6 +16,7 @@ from steer.inject import Condition, LowRankEdit, MemoryEdit, PrefixEdit, Project
 from steer.method import Method, make_method
 from steer.methods import (
     CAA,
+    KNNLM,
     MOD,
     Amulet,
     ContrastiveDecoding,
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CAA",
+    "KNNLM",
     "MOD",
     "Amulet",
     "Architecture",

@@ -9,6 +9,7 @@ from steer.methods.dexperts import DExperts
 from steer.methods.drift import Drift
 from steer.methods.given_vector import GivenVector
 from steer.methods.guidance import Guidance
+from steer.methods.knn_lm import KNNLM
 from steer.methods.mod import MOD
 from steer.methods.natural_gradient import NaturalGradient
 from steer.methods.perfit import PerFit
@@ -21,6 +22,7 @@ from steer.methods.user_llm import UserLLM
 
 __all__ = [
     "CAA",
+    "KNNLM",
     "MOD",
     "Amulet",
     "CoS",
