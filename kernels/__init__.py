@@ -9,6 +9,7 @@ from steer.kernels.mixture import (
     naive_geometric,
     naive_keep_nucleus,
 )
+from steer.kernels.neighbours import mix_neighbours, naive_mix_neighbours
 from steer.kernels.rows import (
     add_rows,
     add_rows_keeping_norm,
@@ -33,6 +34,7 @@ __all__ = [
     "geometric",
     "keep_nucleus",
     "low_rank_rows",
+    "mix_neighbours",
     "naive_add_rows",
     "naive_add_rows_keeping_norm",
     "naive_arithmetic",
@@ -40,6 +42,7 @@ __all__ = [
     "naive_geometric",
     "naive_keep_nucleus",
     "naive_low_rank_rows",
+    "naive_mix_neighbours",
     "naive_overwrite_rows",
     "naive_project_rows",
     "naive_similarity_to_projection",

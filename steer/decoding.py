@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
+    from steer.inject.neighbours import RecallNeighbours
     from steer.model import FrozenLM
     from steer.plan import Plan
 
@@ -52,6 +53,7 @@ class Bound(Protocol):
     prepared: Prepared | None
     has_prefix: bool
     mixed: bool
+    recalling: list[RecallNeighbours]
 
     def rows_loaded(self, rows: Rows) -> AbstractContextManager[None]:
         """Binds the plan to these rows of the coming forward passes, while the block lasts."""
@@ -81,6 +83,8 @@ class Decoding:
         if streamer is not None:
             # As `generate` does with a streamer of its own; some take what comes first for the prompt and skip it.
             streamer.put(input_ids.cpu())
+        for recalling in self.bound.recalling:
+            processor = recalling.processor(processor)
         if self.seeds is not None:
             row_seeds = [seed + 1_000_003 * copy for seed in self.seeds for copy in range(copies)]
             steps = config.max_length - input_ids.shape[1]

@@ -12,7 +12,7 @@ import torch
 
 from steer.companion import require_same_vocabulary
 from steer.errors import SteerError, UnknownUser
-from steer.inject import Condition, Edit, MemoryEdit, PrefixEdit, SiteEdit, StreamEdit
+from steer.inject import Condition, Edit, MemoryEdit, NeighbourEdit, PrefixEdit, SiteEdit, StreamEdit
 from steer.inject.residual import in_turn
 from steer.method import METHODS, method_of
 from steer.sites import Site
@@ -35,13 +35,14 @@ Amounts = Amount | Mapping[str, Amount]
 
 @dataclass(frozen=True)
 class Plan:
-    """The edits of one batch in the order in which they act: streams, prefix, then residual and memory by block."""
+    """The edits of one batch, in order: streams, prefix, then residual and memory by block, neighbours last."""
 
     batch: int
     residual: tuple[SiteEdit, ...] = ()
     prefix: PrefixEdit | None = None
     memory: tuple[MemoryEdit, ...] = ()
     streams: StreamEdit | None = None
+    neighbours: tuple[NeighbourEdit, ...] = ()
     models: Mapping[str, FrozenLM] = field(default_factory=dict)
 
     @classmethod
@@ -61,6 +62,7 @@ class Plan:
         edits = list(edits)
         residual = tuple(in_turn(e.at(e.site.canonical()) for e in edits if isinstance(e, SiteEdit)))
         memory = tuple(replace(e, site=lm.memory_site(e.site)) for e in edits if isinstance(e, MemoryEdit))
+        neighbours = tuple(replace(e, site=e.site.canonical()) for e in edits if isinstance(e, NeighbourEdit))
         prefixes = [e for e in edits if isinstance(e, PrefixEdit)]
         streams = [e for e in edits if isinstance(e, StreamEdit)]
         for edit in residual:
@@ -76,6 +78,8 @@ class Plan:
         for attend in memory:
             _check(f"memories for {attend.site}", attend.memory, batch, attend.layer.key.in_features)
             _check(f"outputs of the cross-attention at {attend.site}", attend.layer.out.weight.T, None, lm.width)
+        for recalled in neighbours:
+            _check(f"keys for {recalled.site}", recalled.keys, batch, lm.width_at(recalled.site))
         for stream in streams:
             if len(stream.mixtures) != batch:
                 raise SteerError(f"{len(stream.mixtures)} mixtures for a batch of {batch}")
@@ -87,6 +91,7 @@ class Plan:
             prefix=PrefixEdit.concatenate(prefixes) if prefixes else None,
             memory=memory,
             streams=StreamEdit.merge(streams) if streams else None,
+            neighbours=neighbours,
             models=models or {},
         )
 
@@ -119,6 +124,7 @@ class Plan:
         """Where operators will work."""
         sites = {edit.site for edit in self.residual} | {edit.site for edit in self.memory}
         sites |= {condition.site.canonical() for condition in self.conditions}
+        sites |= {edit.site for edit in self.neighbours}
         return sites if self.prefix is None else sites | {Site("embed")}
 
 

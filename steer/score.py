@@ -52,9 +52,12 @@ def row_losses(
         batch_tokens: tokens, over all rows, that one forward pass may have.
 
     Raises:
-        SteerError: some edits mix streams and others do not, or there is no prompt that a context could stand before.
+        SteerError: some edits mix streams and others do not, there is no prompt that a context could stand before, or
+            neighbours are to be mixed in.
     """
     plan = Plan.of(lm, edits, rows, models)
+    if plan.neighbours:
+        raise SteerError("neighbours are mixed in while a model generates, and cannot be scored yet")
     if plan.mixes and plan.streams is not None:
         if any(not isinstance(edit, StreamEdit) for edit in edits):
             raise SteerError("states that contrast contexts are scored alone; choose them, or others, by name")

@@ -14,6 +14,7 @@ from steer.decoding import Decoding, Prepared
 from steer.errors import SteerError
 from steer.inject.condition import ConditionedGate, Decide, Decision
 from steer.inject.memory import AttendToMemory
+from steer.inject.neighbours import RecallNeighbours
 from steer.inject.positions import Gate, MarkedGate, NamedGate, Positions
 from steer.inject.prefix import OverwriteEmbeddings
 from steer.inject.residual import AddVectors, EditStates, SiteEdit, operator_of
@@ -41,6 +42,7 @@ class Operators:
         self.conditioned: dict[tuple[Gate, Decide], ConditionedGate] = {}
         self.editing: dict[tuple[object, ...], EditStates] = {}
         self.attending: dict[tuple[Site, int], AttendToMemory] = {}
+        self.recalling: dict[tuple[Site, int], RecallNeighbours] = {}
         self.overwriting = OverwriteEmbeddings(prefix_start)
 
     def clear(self) -> None:
@@ -54,6 +56,8 @@ class Operators:
             editing.clear()
         for attending in self.attending.values():
             attending.clear()
+        for recalling in self.recalling.values():
+            recalling.clear()
 
 
 class Steering:
@@ -64,6 +68,7 @@ class Steering:
         prepared: the batch as `prepare` tokenized it.
         has_prefix: whether some row has a prefix.
         mixed: whether the plan's streams have taken part in a generation; True where there are none.
+        recalling: the plan's neighbour edits at work.
     """
 
     def __init__(self, lm: FrozenLM, plan: Plan, prompt_lengths: Sequence[int] | None = None) -> None:
@@ -143,8 +148,9 @@ class Steering:
         self._gates: dict[str | int, Gate] = {}
         self._editing: dict[tuple[object, ...], tuple[EditStates, list[SiteEdit]]] = {}
         self._attending: list[AttendToMemory] = []
+        self.recalling: list[RecallNeighbours] = []
         self._deciding: list[Decide] = []
-        working: dict[Site, list[EditStates | AttendToMemory | OverwriteEmbeddings | Decide]]
+        working: dict[Site, list[EditStates | AttendToMemory | OverwriteEmbeddings | Decide | RecallNeighbours]]
         working = {site: [] for site in plan.sites}
         if plan.prefix is not None:
             working[Site("embed")].append(pool.overwriting)
@@ -165,6 +171,10 @@ class Steering:
         for i, attend in enumerate(plan.memory):
             self._attending.append(pool.attending.setdefault((attend.site, i), AttendToMemory()))
             working[attend.site].append(self._attending[-1])
+        for i, recalled in enumerate(plan.neighbours):
+            self.recalling.append(pool.recalling.setdefault((recalled.site, i), RecallNeighbours()))
+            self.recalling[-1].used = False
+            working[recalled.site].append(self.recalling[-1])
         for bound in (operator for operators in working.values() for operator in operators):
             bound.fired = False
         return {site: tuple(operators) for site, operators in working.items()}
@@ -211,6 +221,8 @@ class Steering:
             self._pool.overwriting.load(plan.prefix, rows, lm.dtype, lm.device_at(Site("embed")))
         for attend, operator in zip(plan.memory, self._attending, strict=True):
             operator.load(attend, rows, lm.device_at(attend.site))
+        for recalled, recalling in zip(plan.neighbours, self.recalling, strict=True):
+            recalling.load(recalled, rows, lm.device_at(recalled.site))
 
     def _plain_rows(self) -> Rows:
         lengths = self._given_lengths
@@ -221,6 +233,7 @@ class Steering:
         conditions = zip(self._deciding, self.plan.conditions, strict=True)
         idle += [f"the condition at {condition.site}" for op, condition in conditions if not op.fired]
         idle += ["the memory" for operator in self._attending if not operator.fired]
+        idle += ["the neighbours" for operator in self.recalling if not (operator.fired and operator.used)]
         if self.plan.prefix is not None and not self._pool.overwriting.fired:
             idle.append("the prefix")
         if not self.mixed:
@@ -239,10 +252,12 @@ class Steering:
             from the forward pass of the model, so the model must be the one that is steered.
 
         Raises:
-            SteerError: the plan contrasts streams, which are a way of decoding and not an edit at a site.
+            SteerError: the plan contrasts streams or mixes neighbours in: ways of decoding, not edits at a site.
         """
         if self.plan.mixes:
             raise SteerError("contrasted streams need steer's own generation; hand over a plan without a StreamEdit")
+        if self.plan.neighbours:
+            raise SteerError("neighbours need steer's own generation; hand over a plan without a NeighbourEdit")
         attachment = self.lm.attachment
         attachment.install(dict.fromkeys(self._working, ()))
         return {
