@@ -12,7 +12,16 @@ from steer.architectures import Architecture, register_architecture
 from steer.bank import Bank
 from steer.errors import SteerError, UnknownUser
 from steer.history import History, Record, read_histories
-from steer.inject import Condition, LowRankEdit, MemoryEdit, PrefixEdit, ProjectionEdit, ResidualEdit, StreamEdit
+from steer.inject import (
+    Condition,
+    LowRankEdit,
+    MemoryEdit,
+    NeighbourEdit,
+    PrefixEdit,
+    ProjectionEdit,
+    ResidualEdit,
+    StreamEdit,
+)
 from steer.method import Method, make_method
 from steer.methods import (
     CAA,
@@ -71,6 +80,7 @@ __all__ = [
     "MemoryEdit",
     "Method",
     "NaturalGradient",
+    "NeighbourEdit",
     "Pair",
     "PerFit",
     "PrefixEdit",
