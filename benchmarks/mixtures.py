@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,30 +77,42 @@ def floor_of(batch: int, vocab: int, dtype: torch.dtype) -> int:
 
 
 def measure(arms: dict[str, Callable[[], Tensor]], device: torch.device, rounds: int) -> dict[str, Any]:
-    """Microseconds of a call, and ratios to the copy, round by round."""
-    often = {name: repeated(run, device) for name, run in arms.items()}
-    seconds = harness.in_turn({name: many for name, (many, _) in often.items()}, rounds)
-    each = {name: [s / often[name][1] for s in all_] for name, all_ in seconds.items()}
+    """Microseconds of a call, and ratios to the copy, round by round.
+
+    One thread of a CPU is timed by what it worked, so that others on the machine count less.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+
+    def timed(name: str, calls: int) -> None:
+        start = clock()
+        call(arms[name], calls, device)
+        seconds[name].append((clock() - start) / calls)
+
+    harness.in_turn({name: partial(timed, name, enough(run, device)) for name, run in arms.items()}, rounds)
+    seconds = {name: all_rounds[1:] for name, all_rounds in seconds.items()}
     return {
-        "us": {name: 1e6 * statistics.median(s) for name, s in each.items()},
-        "ratio to copy": {name: harness.ratio(s, each["copy"]) for name, s in each.items() if name != "copy"},
+        "clock": "processor time" if alone else "wall time",
+        "us": {name: 1e6 * statistics.median(s) for name, s in seconds.items()},
+        "ratio to copy": {name: harness.ratio(s, seconds["copy"]) for name, s in seconds.items() if name != "copy"},
     }
 
 
-def repeated(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], int]:
-    """Enough calls in a row for the clock, with one wait for the device at the end; and how many these are."""
+def call(run: Callable[[], Tensor], calls: int, device: torch.device) -> None:
+    """Several times in a row, and once waits for the device."""
+    for _ in range(calls):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
-    def times(calls: int) -> None:
-        for _ in range(calls):
-            run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    times(2)
+def enough(run: Callable[[], Tensor], device: torch.device) -> int:
+    """How many calls the clock can measure."""
+    call(run, 2, device)
     start = time.perf_counter()
-    times(2)
-    calls = min(CALLS, max(1, round(2 * SECONDS / (time.perf_counter() - start))))
-    return lambda: times(calls), calls
+    call(run, 2, device)
+    return min(CALLS, max(1, round(2 * SECONDS / (time.perf_counter() - start))))
 
 
 def show(cases: list[dict[str, Any]]) -> None:

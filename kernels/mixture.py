@@ -35,7 +35,8 @@ def geometric(
     not contrasted. Further rows of weight 0 do not count. There is thus no inf − inf, and no NaN.
 
     All of it follows from the form that is computed, `W own + Σ_r weights[r] (logits[r] − own)` with W the sum of b's
-    weights: what is not contrasted has difference 0. It also rounds less than the sum where streams are alike.
+    weights: what is not contrasted has difference 0. It also rounds less than the sum where streams are alike. With all
+    weight on the own row the result is that row bit for bit, with all of it on another row up to rounding.
 
     Bytes moved: each logit is read once, the own ones twice with a filter, and 4 bytes are written for each result; 12
     for a result of two float32 streams. That holds for blocks on a CPU. torch.compile makes three passes around the
