@@ -229,7 +229,7 @@ def _score(
 
 def _first(span: Span, tokens: int) -> Span:
     end = min(span.end, max(span.start, 1) + tokens)
-    return Span(span.ids[:end], span.start, end)
+    return replace(span, ids=span.ids[:end], end=end)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ class Branches(Steering):
     """
 
     def __init__(self, lm: FrozenLM, plan: Plan) -> None:
-        if plan.prefix is not None or plan.streams is not None:
+        if plan.prefix is not None or plan.mixes:
             raise SteerError(
                 "prefixes and contexts change the text itself, so its rows share nothing; score them apart"
             )
@@ -65,7 +65,7 @@ class Branches(Steering):
         losses = []
         for rows in self._owners.split(size):
             lengths = torch.full_like(rows, start)
-            with self._rows_loaded(Rows(rows, lengths)):
+            with self.rows_loaded(Rows(rows, lengths)):
                 logits = self._forward(ids, prompt, len(rows))[:, start - 1 - first :].float().transpose(1, 2)
                 expected = targets.to(logits.device).expand(len(rows), -1)
                 losses.append(cross_entropy(logits, expected, reduction="none").cpu())
@@ -92,7 +92,7 @@ class Branches(Steering):
             return None
         cache = DynamicCache(config=self.lm.model.config)
         # One row, and none of its positions edited.
-        with self._rows_loaded(Rows(self._owners[:1], self._owners.new_full((1,), len(ids) + 1))):
+        with self.rows_loaded(Rows(self._owners[:1], self._owners.new_full((1,), len(ids) + 1))):
             self.lm.attachment.decoder(
                 input_ids=torch.tensor([list(ids)], device=self.lm.device), past_key_values=cache, use_cache=True
             )

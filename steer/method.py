@@ -32,7 +32,9 @@ class Method(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        METHODS[cls.name] = cls
+        # What several methods inherit from is no method itself, and has no name.
+        if hasattr(cls, "name"):
+            METHODS[cls.name] = cls
 
     def train(
         self, lm: FrozenLM, histories: Iterable[History], on_progress: Callable[[float], None] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,10 +13,11 @@ from torch import nn
 
 from steer.architectures import architecture_of, find_decoder
 from steer.attach import Attachment
+from steer.cache import key_of
 from steer.embedded import EMBEDDED, resolve
 from steer.errors import SteerError
 from steer.fingerprint import Fingerprints
-from steer.inject import Edit
+from steer.inject import Edit, StreamEdit
 from steer.interop import unwrap
 from steer.plan import Amounts, Plan, RowStates, edits_of, kinds_of, rows_of
 from steer.sites import Site
@@ -180,12 +182,26 @@ class FrozenLM:
             return False
         return self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
 
-    def encode(self, prompt: Prompt, *, context: str | None = None, chat: bool | None = None) -> list[int]:
+    @property
+    def window(self) -> int | None:
+        """How many tokens the model was made to read; None where it is not told."""
+        return getattr(self._config, "max_position_embeddings", None)
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """What tells the tokens of a model, and their numbers, from those of others."""
+        tokens = self._config.vocab_size if self.tokenizer is None else self.tokenizer.get_vocab()
+        return key_of(tokens)
+
+    def encode(
+        self, prompt: Prompt, *, context: str | None = None, system: str | None = None, chat: bool | None = None
+    ) -> list[int]:
         """Token ids of a prompt.
 
         Args:
             prompt: a text, chat messages, or token ids.
             context: goes in front of the last user message, joined by one space (METHODS §1.3).
+            system: the system message, in place of one that there is.
             chat: whether a text goes through the chat template, as one user message with the assistant's turn opened
                 after it; if None, whenever the tokenizer has a template.
 
@@ -193,7 +209,7 @@ class FrozenLM:
             SteerError: the prompt is empty, or the tokenizer cannot do what is asked.
         """
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
-            if context is not None:
+            if context is not None or system is not None:
                 raise SteerError("a context needs a prompt of text; this one is token ids")
             return list(prompt)  # type: ignore[arg-type]
         if not prompt:
@@ -202,6 +218,8 @@ class FrozenLM:
             raise SteerError("this model was wrapped without a tokenizer: prompts must be token ids")
         has_template = self.tokenizer.chat_template is not None
         if isinstance(prompt, str) and not (has_template if chat is None else chat):
+            if system is not None:
+                raise SteerError("a system message needs a chat template")
             return self.tokenizer(prompt if context is None else f"{context} {prompt}").input_ids
         if not has_template:
             raise SteerError("the tokenizer has no chat template; pass texts, and chat=False")
@@ -211,6 +229,8 @@ class FrozenLM:
             if last is None:
                 raise SteerError("a context goes into the user's turn, and there is none")
             last["content"] = f"{context} {last['content']}"
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
         # transformers 5 returns a mapping; its type hints also allow for the ids alone.
         encoded = cast(
             "Mapping[str, list[int]]", self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
@@ -231,6 +251,7 @@ class FrozenLM:
         artifacts: Iterable[Artifact] = (),
         strength: Amounts | None = None,
         dose: Amounts | None = None,
+        models: Mapping[str, FrozenLM] | None = None,
         prompt_lengths: Sequence[int] | None = None,
         unknown_user: str = "error",
     ) -> Iterator[Steering]:
@@ -246,6 +267,7 @@ class FrozenLM:
             artifacts: what the methods of `states` share, if a bank does not hold it.
             strength, dose: how much of each vector: a raw coefficient (1 if neither is given), or a share of the median
                 residual norm. One number, one a row, or a mapping from the states' names to either.
+            models: others whose logits take part in mixtures, by the names that states and streams have for them.
             prompt_lengths: real tokens of each row's prompt, for bare forward passes. `generate` needs none.
             unknown_user: "error", or "plain" to leave rows of users without a state unsteered.
 
@@ -262,7 +284,8 @@ class FrozenLM:
             strength=strength,
             dose=dose,
         )
-        steering = Steering(self, Plan.of(self, [*bound, *edits], len(rows) or _batch_of(edits)), prompt_lengths)
+        plan = Plan.of(self, [*bound, *edits], len(rows) or _batch_of(edits), models)
+        steering = Steering(self, plan, prompt_lengths)
         steering.open()
         try:
             yield steering
@@ -311,6 +334,7 @@ class FrozenLM:
         artifacts: Iterable[Artifact] = (),
         strength: Amounts | None = None,
         dose: Amounts | None = None,
+        models: Mapping[str, FrozenLM] | None = None,
         unknown_user: str = "error",
         chat: bool | None = None,
         seeds: Sequence[int] | None = None,
@@ -338,6 +362,7 @@ class FrozenLM:
             artifacts=artifacts,
             strength=strength,
             dose=dose,
+            models=models,
             unknown_user=unknown_user,
         ) as steering:
             batch = steering.prepare(prompts, chat=chat)
@@ -354,7 +379,7 @@ class FrozenLM:
 
         Args:
             prompts: texts, chat messages or token ids, one a row.
-            users, bank, names, states, edits, artifacts, strength, dose, unknown_user: as for `steered`.
+            users, bank, names, states, edits, artifacts, strength, dose, models, unknown_user: as for `steered`.
             chat: whether texts go through the chat template; if None, whenever the tokenizer has one.
             seeds: one a row, for sampling (`do_sample=True`) that does not depend on the rest of the batch.
             streamer: a transformers streamer, for a single prompt.
@@ -456,6 +481,8 @@ def _batch_of(edits: Sequence[Edit]) -> int:
     if not edits:
         raise SteerError("nothing to steer by: give a bank and users, states, or edits")
     edit = edits[0]
+    if isinstance(edit, StreamEdit):
+        return len(edit.mixtures)
     return len(next(value for value in vars(edit).values() if isinstance(value, torch.Tensor)))
 
 

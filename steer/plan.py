@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from steer.companion import require_same_vocabulary
 from steer.errors import SteerError, UnknownUser
-from steer.inject import Condition, Edit, MemoryEdit, PrefixEdit, SiteEdit, StreamEdit
+from steer.inject import Condition, Edit, MemoryEdit, NeighbourEdit, PrefixEdit, SiteEdit, StreamEdit
 from steer.inject.residual import in_turn
 from steer.method import METHODS, method_of
 from steer.sites import Site
@@ -34,25 +35,34 @@ Amounts = Amount | Mapping[str, Amount]
 
 @dataclass(frozen=True)
 class Plan:
-    """The edits of one batch in the order in which they act: streams, prefix, then residual and memory by block."""
+    """The edits of one batch, in order: streams, prefix, then residual and memory by block, neighbours last."""
 
     batch: int
     residual: tuple[SiteEdit, ...] = ()
     prefix: PrefixEdit | None = None
     memory: tuple[MemoryEdit, ...] = ()
     streams: StreamEdit | None = None
+    neighbours: tuple[NeighbourEdit, ...] = ()
+    models: Mapping[str, FrozenLM] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, lm: FrozenLM, edits: Iterable[Edit], batch: int) -> Plan:
+    def of(cls, lm: FrozenLM, edits: Iterable[Edit], batch: int, models: Mapping[str, FrozenLM] | None = None) -> Plan:
         """Sorts and validates edits.
+
+        Args:
+            lm: the model that is steered.
+            edits: of all rows.
+            batch: number of rows.
+            models: others, by the names under which streams mention them.
 
         Raises:
             SteerError: an edit has another number of rows or another width than the batch and the model, its site does
-                not exist, or two edits contrast the same row.
+                not exist, two edits contrast the same row, or a stream's model is not there or has another vocabulary.
         """
         edits = list(edits)
         residual = tuple(in_turn(e.at(e.site.canonical()) for e in edits if isinstance(e, SiteEdit)))
         memory = tuple(replace(e, site=lm.memory_site(e.site)) for e in edits if isinstance(e, MemoryEdit))
+        neighbours = tuple(replace(e, site=e.site.canonical()) for e in edits if isinstance(e, NeighbourEdit))
         prefixes = [e for e in edits if isinstance(e, PrefixEdit)]
         streams = [e for e in edits if isinstance(e, StreamEdit)]
         for edit in residual:
@@ -68,16 +78,33 @@ class Plan:
         for attend in memory:
             _check(f"memories for {attend.site}", attend.memory, batch, attend.layer.key.in_features)
             _check(f"outputs of the cross-attention at {attend.site}", attend.layer.out.weight.T, None, lm.width)
+        for recalled in neighbours:
+            _check(f"keys for {recalled.site}", recalled.keys, batch, lm.width_at(recalled.site))
         for stream in streams:
-            if not len(stream.contexts) == len(stream.lams) == batch:
-                raise SteerError(f"{len(stream.contexts)} contexts and {len(stream.lams)} λ for a batch of {batch}")
+            if len(stream.mixtures) != batch:
+                raise SteerError(f"{len(stream.mixtures)} mixtures for a batch of {batch}")
+            for name in sorted(stream.models):
+                _require_model(lm, name, models or {})
         return cls(
             batch=batch,
             residual=residual,
             prefix=PrefixEdit.concatenate(prefixes) if prefixes else None,
             memory=memory,
             streams=StreamEdit.merge(streams) if streams else None,
+            neighbours=neighbours,
+            models=models or {},
         )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether some row is mixed from streams."""
+        return self.streams is not None and any(self.streams.mixtures)
+
+    @property
+    def touches_all_streams(self) -> bool:
+        """Whether all streams of a row carry the row's other edits."""
+        mixtures = [] if self.streams is None else self.streams.mixtures
+        return all(mixture is None or mixture.steered == "all" for mixture in mixtures)
 
     @property
     def trains(self) -> bool:
@@ -97,7 +124,18 @@ class Plan:
         """Where operators will work."""
         sites = {edit.site for edit in self.residual} | {edit.site for edit in self.memory}
         sites |= {condition.site.canonical() for condition in self.conditions}
+        sites |= {edit.site for edit in self.neighbours}
         return sites if self.prefix is None else sites | {Site("embed")}
+
+
+def _require_model(lm: FrozenLM, name: str, models: Mapping[str, FrozenLM]) -> None:
+    if name not in models:
+        raise SteerError(
+            f"a stream needs the model {name!r}, which is not at hand; pass models={{{name!r}: steer.load(...)}}"
+        )
+    if models[name] is lm:
+        raise SteerError(f"the model {name!r} is the steered one itself; its streams need no name")
+    require_same_vocabulary(lm, models[name], name)
 
 
 def _check(what: str, values: Tensor, rows: int | None, width: int) -> None:

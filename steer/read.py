@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -43,11 +43,15 @@ _WINDOW = 2048
 
 @dataclass(frozen=True)
 class Span:
-    """Token ids of a text and the part of them, `[start, end)`, that is of interest."""
+    """Token ids of a text and the part of them, `[start, end)`, that is of interest.
+
+    A response may name the `prompt` that it stands behind, for those who want to read it behind another.
+    """
 
     ids: Sequence[int]
     start: int
     end: int
+    prompt: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def response_span(lm: FrozenLM, response: str, prompt: str | None = None, *, max
     # The first token of a sequence never counts, so a span needs one more.
     if len(ids) <= max(start, 1):
         raise SteerError(f"a text is too short to read, it has no token besides the first: {response[:40]!r}")
-    return Span(ids, start, len(ids))
+    return Span(ids, start, len(ids), prompt)
 
 
 def record_span(lm: FrozenLM, record: Record, **kwargs: Any) -> Span:

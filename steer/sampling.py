@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from steer.inject.streams import only
+from steer.inject.stream_rows import only
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -18,6 +18,7 @@ from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Condition, Edit, PrefixEdit, StreamEdit
 from steer.likelihood import response_losses
+from steer.mixed import mixed_losses
 from steer.plan import Amount, Plan, edits_of
 from steer.read import Span, record_span
 from steer.state import Artifact, UserState
@@ -32,7 +33,13 @@ _RESAMPLES = 10_000
 
 @torch.no_grad()
 def row_losses(
-    lm: FrozenLM, span: Span, edits: Sequence[Edit], rows: int, *, batch_tokens: int = 2048
+    lm: FrozenLM,
+    span: Span,
+    edits: Sequence[Edit],
+    rows: int,
+    *,
+    models: Mapping[str, FrozenLM] | None = None,
+    batch_tokens: int = 2048,
 ) -> Float[Tensor, " row"]:
     """−log p of a span under each row of the edits, in nats, summed over its tokens.
 
@@ -41,16 +48,23 @@ def row_losses(
         span: one text for all rows.
         edits: of `rows` rows each.
         rows: how many.
+        models: others whose logits take part in mixtures.
         batch_tokens: tokens, over all rows, that one forward pass may have.
 
     Raises:
-        SteerError: an edit contrasts streams, which have no likelihood of their own yet.
+        SteerError: some edits mix streams and others do not, there is no prompt that a context could stand before, or
+            neighbours are to be mixed in.
     """
-    if any(isinstance(edit, StreamEdit) for edit in edits):
-        raise SteerError("states that contrast contexts cannot be scored yet; choose others by name")
+    plan = Plan.of(lm, edits, rows, models)
+    if plan.neighbours:
+        raise SteerError("neighbours are mixed in while a model generates, and cannot be scored yet")
+    if plan.mixes and plan.streams is not None:
+        if any(not isinstance(edit, StreamEdit) for edit in edits):
+            raise SteerError("states that contrast contexts are scored alone; choose them, or others, by name")
+        return mixed_losses(lm, span, plan.streams.mixtures, models=models)
     if any(isinstance(edit, PrefixEdit) for edit in edits):
         return _prefixed_losses(lm, span, edits, rows, batch_tokens)
-    branches = Branches(lm, Plan.of(lm, edits, rows))
+    branches = Branches(lm, plan)
     branches.open()
     try:
         losses = branches.losses(span, batch_tokens=batch_tokens).sum(1)
@@ -160,6 +174,7 @@ def score(
     strength: Amount | None = None,
     dose: Amount | None = None,
     artifacts: Mapping[str, Artifact] | None = None,
+    models: Mapping[str, FrozenLM] | None = None,
     seed: int = 0,
     max_tokens: int = 1024,
     on_progress: Callable[[int], None] | None = None,
@@ -173,6 +188,7 @@ def score(
         others: how many other users' states to compare with, drawn for each user anew; all if there are fewer.
         strength, dose: of the vectors, as for `FrozenLM.steered`.
         artifacts: what the states' methods share, by hash.
+        models: others whose logits take part in mixtures, as for `FrozenLM.steered`.
         seed: of the draw.
         max_tokens: longer records are cut.
         on_progress: told the number of records done.
@@ -194,7 +210,7 @@ def score(
         sums, tokens = torch.zeros(len(rows), dtype=torch.float64), 0
         for record in history:
             span = record_span(lm, record, max_tokens=max_tokens)
-            sums += row_losses(lm, span, edits, len(rows)).double()
+            sums += row_losses(lm, span, edits, len(rows), models=models).double()
             tokens += span.end - max(span.start, 1)
             done += 1
             if on_progress is not None:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from steer.attach import Slot
+from steer.decoding import Decoding, Prepared
 from steer.errors import SteerError
 from steer.inject.condition import ConditionedGate, Decide, Decision
 from steer.inject.memory import AttendToMemory
+from steer.inject.neighbours import RecallNeighbours
 from steer.inject.positions import Gate, MarkedGate, NamedGate, Positions
 from steer.inject.prefix import OverwriteEmbeddings
 from steer.inject.residual import AddVectors, EditStates, SiteEdit, operator_of
 from steer.inject.rows import Rows
-from steer.inject.streams import OwnRows, Streams, pad_left
+from steer.inject.stream_rows import pad_left
+from steer.inject.streams import Stream
 from steer.plan import Plan
-from steer.sampling import SeededRows
 from steer.sites import Site
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Operators:
         self.conditioned: dict[tuple[Gate, Decide], ConditionedGate] = {}
         self.editing: dict[tuple[object, ...], EditStates] = {}
         self.attending: dict[tuple[Site, int], AttendToMemory] = {}
+        self.recalling: dict[tuple[Site, int], RecallNeighbours] = {}
         self.overwriting = OverwriteEmbeddings(prefix_start)
 
     def clear(self) -> None:
@@ -55,6 +56,8 @@ class Operators:
             editing.clear()
         for attending in self.attending.values():
             attending.clear()
+        for recalling in self.recalling.values():
+            recalling.clear()
 
 
 class Steering:
@@ -62,21 +65,24 @@ class Steering:
 
     Attributes:
         plan: what is bound.
+        prepared: the batch as `prepare` tokenized it.
+        has_prefix: whether some row has a prefix.
+        mixed: whether the plan's streams have taken part in a generation; True where there are none.
+        recalling: the plan's neighbour edits at work.
     """
 
     def __init__(self, lm: FrozenLM, plan: Plan, prompt_lengths: Sequence[int] | None = None) -> None:
         self.lm, self.plan = lm, plan
         self._given_lengths = prompt_lengths
-        self._contrasts: list[list[int] | None] | None = None
-        self._prepared: tuple[Tensor, Tensor] | None = None
+        self.prepared: Prepared | None = None
         self._ran = False
         self._rows: Rows | None = None
         self._decided: tuple[Decision, ...] | None = None
         self._owners = torch.arange(plan.batch, device=lm.device)
         # Autograd keeps what a step computed until its backward pass, so training does not reuse buffers.
         self._pool = Operators(lm.operators.overwriting.start) if plan.trains else lm.operators
-        self._mixed = self._contrasts_nothing
-        self._has_prefix = plan.prefix is not None and bool(plan.prefix.lengths.any())
+        self.mixed = not plan.mixes
+        self.has_prefix = plan.prefix is not None and bool(plan.prefix.lengths.any())
         if prompt_lengths is not None and len(prompt_lengths) != plan.batch:
             raise SteerError(f"{len(prompt_lengths)} prompt lengths for a batch of {plan.batch}")
 
@@ -88,7 +94,7 @@ class Steering:
         Raises:
             SteerError: the model is taken, or a site cannot be hooked any more.
         """
-        if self._has_prefix and (window := self.lm.sliding_window) is not None:
+        if self.has_prefix and (window := self.lm.sliding_window) is not None:
             warnings.warn(
                 f"some layers of this model see no further back than {window} tokens, and forget a prefix after that",
                 stacklevel=4,
@@ -142,8 +148,9 @@ class Steering:
         self._gates: dict[str | int, Gate] = {}
         self._editing: dict[tuple[object, ...], tuple[EditStates, list[SiteEdit]]] = {}
         self._attending: list[AttendToMemory] = []
+        self.recalling: list[RecallNeighbours] = []
         self._deciding: list[Decide] = []
-        working: dict[Site, list[EditStates | AttendToMemory | OverwriteEmbeddings | Decide]]
+        working: dict[Site, list[EditStates | AttendToMemory | OverwriteEmbeddings | Decide | RecallNeighbours]]
         working = {site: [] for site in plan.sites}
         if plan.prefix is not None:
             working[Site("embed")].append(pool.overwriting)
@@ -164,6 +171,10 @@ class Steering:
         for i, attend in enumerate(plan.memory):
             self._attending.append(pool.attending.setdefault((attend.site, i), AttendToMemory()))
             working[attend.site].append(self._attending[-1])
+        for i, recalled in enumerate(plan.neighbours):
+            self.recalling.append(pool.recalling.setdefault((recalled.site, i), RecallNeighbours()))
+            self.recalling[-1].used = False
+            working[recalled.site].append(self.recalling[-1])
         for bound in (operator for operators in working.values() for operator in operators):
             bound.fired = False
         return {site: tuple(operators) for site, operators in working.items()}
@@ -192,7 +203,7 @@ class Steering:
         plan = self.plan
         loaded, self._rows = self._rows, rows
         # Not asked for in `begin`, as compiled code would guard on whether there is a prefix in the batch.
-        self._unplaced = self._has_prefix and rows.prompt_lengths is None
+        self._unplaced = self.has_prefix and rows.prompt_lengths is None
         for gate in self._gates.values():
             gate.load(rows)
         for deciding, condition in zip(self._deciding, plan.conditions, strict=True):
@@ -210,6 +221,8 @@ class Steering:
             self._pool.overwriting.load(plan.prefix, rows, lm.dtype, lm.device_at(Site("embed")))
         for attend, operator in zip(plan.memory, self._attending, strict=True):
             operator.load(attend, rows, lm.device_at(attend.site))
+        for recalled, recalling in zip(plan.neighbours, self.recalling, strict=True):
+            recalling.load(recalled, rows, lm.device_at(recalled.site))
 
     def _plain_rows(self) -> Rows:
         lengths = self._given_lengths
@@ -220,9 +233,10 @@ class Steering:
         conditions = zip(self._deciding, self.plan.conditions, strict=True)
         idle += [f"the condition at {condition.site}" for op, condition in conditions if not op.fired]
         idle += ["the memory" for operator in self._attending if not operator.fired]
+        idle += ["the neighbours" for operator in self.recalling if not (operator.fired and operator.used)]
         if self.plan.prefix is not None and not self._pool.overwriting.fired:
             idle.append("the prefix")
-        if not self._mixed:
+        if not self.mixed:
             idle.append("the contrasted streams")
         if idle:
             raise SteerError(
@@ -238,10 +252,12 @@ class Steering:
             from the forward pass of the model, so the model must be the one that is steered.
 
         Raises:
-            SteerError: the plan contrasts streams, which are a way of decoding and not an edit at a site.
+            SteerError: the plan contrasts streams or mixes neighbours in: ways of decoding, not edits at a site.
         """
-        if not self._contrasts_nothing:
+        if self.plan.mixes:
             raise SteerError("contrasted streams need steer's own generation; hand over a plan without a StreamEdit")
+        if self.plan.neighbours:
+            raise SteerError("neighbours need steer's own generation; hand over a plan without a NeighbourEdit")
         attachment = self.lm.attachment
         attachment.install(dict.fromkeys(self._working, ()))
         return {
@@ -310,20 +326,28 @@ class Steering:
         Returns:
             `input_ids` and `attention_mask`, both `[batch, pos]`, for `model.generate`.
         """
-        lm, streams = self.lm, self.plan.streams
         if len(prompts) != self.plan.batch:
             raise SteerError(f"{len(prompts)} prompts for a batch of {self.plan.batch}")
-        contexts = streams.contexts if streams is not None else [None] * len(prompts)
-        rows = [
-            self._with_prefix(row, lm.encode(p, context=c, chat=chat)) for row, (p, c) in _numbered(prompts, contexts)
-        ]
-        self._contrasts = [
-            None if c is None else self._with_prefix(row, lm.encode(p, chat=chat))
-            for row, (p, c) in _numbered(prompts, contexts)
-        ]
-        ids, mask = pad_left(rows, lm.pad_token_id)
-        self._prepared = ids.to(lm.device), mask.to(lm.device)
-        return {"input_ids": self._prepared[0], "attention_mask": self._prepared[1]}
+        mixtures = [None] * self.plan.batch if self.plan.streams is None else self.plan.streams.mixtures
+        rows, further = [], []
+        for row, (prompt, mixture) in enumerate(zip(prompts, mixtures, strict=True)):
+            own, *others = (Stream(1.0),) if mixture is None else mixture.streams
+            rows.append(self._encode(row, prompt, own, chat, mixture is None or mixture.touches(0)))
+            further.append([(s, self._encode(row, prompt, s, chat, mixture.touches(1))) for s in others if mixture])
+        ids, mask = pad_left(rows, self.lm.pad_token_id)
+        self.prepared = Prepared(ids.to(self.lm.device), mask.to(self.lm.device), further)
+        return {"input_ids": self.prepared.input_ids, "attention_mask": self.prepared.attention_mask}
+
+    def _encode(self, row: int, prompt: Prompt, stream: Stream, chat: bool | None, touched: bool) -> list[int]:
+        ids = self.lm.encode(prompt, context=stream.context, system=stream.system, chat=chat)
+        window = self.lm.window
+        if (stream.context or stream.system) and window is not None and len(ids) >= window:
+            raise SteerError(
+                f"row {row}: with its context the prompt has {len(ids)} tokens, and the model reads {window} at most; "
+                "shorten the context"
+            )
+        # Placeholders are no text to another model.
+        return self._with_prefix(row, ids) if touched and stream.model is None else ids
 
     def _with_prefix(self, row: int, ids: list[int]) -> list[int]:
         prefix, start = self.plan.prefix, self._pool.overwriting.start
@@ -338,6 +362,7 @@ class Steering:
                 every callable `custom_generate`.)
             seeds: one a row, for sampling that does not depend on the rest of the batch.
         """
+        decoding = Decoding(self, streamer, seeds)
 
         # transformers tells a decoding method's own arguments by its signature, so there are none here but its own.
         def decode(
@@ -348,129 +373,15 @@ class Steering:
             generation_config: Any,
             **kw: Any,
         ) -> Any:
-            return self._decode(
-                model, input_ids, logits_processor, stopping_criteria, generation_config, kw, streamer, seeds
-            )
+            return decoding.run(model, input_ids, logits_processor, stopping_criteria, generation_config, kw)
 
         return {"custom_generate": decode}
 
-    def _decode(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        processor: Callable[[Tensor, Tensor], Tensor],
-        criteria: Any,
-        config: Any,
-        kwargs: dict[str, Any],
-        streamer: Any,
-        seeds: Sequence[int] | None,
-    ) -> Any:
-        """Runs transformers' own decoding method on rows that carry the plan."""
-        mode = config.get_generation_mode(None)
-        copies = max(config.num_beams, config.num_return_sequences)
-        self._validate(mode, input_ids, copies, seeds)
-        owners = self._owners if copies == 1 else self._owners.repeat_interleave(copies)
-        streams = None if self._contrasts_nothing else self._streams(input_ids, copies, owners)
-        if streamer is not None:
-            # As `generate` does with a streamer of its own; some take what comes first for the prompt and skip it.
-            streamer.put(input_ids.cpu())
-        if seeds is not None:
-            row_seeds = [seed + 1_000_003 * copy for seed in seeds for copy in range(copies)]
-            steps = config.max_length - input_ids.shape[1]
-            processor = SeededRows(processor, row_seeds, steps, input_ids.shape[1])
-        lengths = _prompt_lengths(input_ids, kwargs)
-        if streams is not None:
-            processor = streams.processor(processor, sample=config.do_sample and seeds is None)
-            criteria = streams.lengthened(criteria)
-            streamer = None if streamer is None else OwnRows(streamer, streams.batch)
-            self._widen(model, config, mode, kwargs, streams, copies)
-            input_ids, owners = streams.input_ids, owners[streams.owners]
-            lengths = streams.attention_mask.sum(1)
-            self._mixed = True
-        method = getattr(type(model), GENERATION_MODES_MAPPING[mode])
-        with self._rows_loaded(Rows(owners, lengths)):
-            output = method(
-                model,
-                input_ids,
-                logits_processor=processor,
-                stopping_criteria=criteria,
-                generation_config=config,
-                **({} if streamer is None else {"streamer": streamer}),
-                **kwargs,
-            )
-        return output if streams is None else streams.own(output)
-
-    @property
-    def _contrasts_nothing(self) -> bool:
-        return self.plan.streams is None or not any(self.plan.streams.contexts)
-
-    def _validate(self, mode: GenerationMode, input_ids: Tensor, copies: int, seeds: Sequence[int] | None) -> None:
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH):
-            raise SteerError(
-                f"{mode.value.replace('_', ' ')} is not supported under steering yet; use greedy, sampling or beams"
-            )
-        if input_ids.shape[0] != self.plan.batch * copies:
-            raise SteerError(f"{input_ids.shape[0] // copies} prompts for {self.plan.batch} bound rows")
-        if seeds is not None and (mode != GenerationMode.SAMPLE or len(seeds) != self.plan.batch):
-            raise SteerError(f"seeds are for sampling (do_sample=True), one for each of the {self.plan.batch} rows")
-        if self._contrasts_nothing and not self._has_prefix:
-            return
-        if self._prepared is None or not torch.equal(self._prepared[0].repeat_interleave(copies, 0), input_ids):
-            raise SteerError(
-                "prefixes and contexts are part of the prompt: make the batch with steering.prepare(prompts), and pass "
-                "it to generate as it is"
-            )
-        if not self._contrasts_nothing and mode == GenerationMode.BEAM_SEARCH:
-            raise SteerError("beams cannot be contrasted yet: their scores would mix beams; use greedy or sampling")
-
-    def _streams(self, input_ids: Tensor, copies: int, owners: Tensor) -> Streams:
-        assert self.plan.streams is not None and self._contrasts is not None and self._prepared is not None
-        return Streams.build(
-            input_ids,
-            self._prepared[1].repeat_interleave(copies, 0),
-            [self._contrasts[owner] for owner in owners.tolist()],
-            self.plan.streams.lams[owners.cpu()],
-            self.lm.pad_token_id,
-        )
-
-    def _widen(
-        self, model: Any, config: Any, mode: GenerationMode, kwargs: dict[str, Any], streams: Streams, copies: int
-    ) -> None:
-        """Replaces what `generate` had built for the batch's own rows by the same for all rows of the streams."""
-        cache = kwargs.pop("past_key_values", None)
-        if cache is not None and getattr(cache, "_is_user_defined", False):
-            raise SteerError("contrasted streams start from the prompt; a cache of your own cannot be continued")
-        rows = len(streams.input_ids)
-        model._prepare_cache_for_generation(
-            config, kwargs, mode, rows // copies, config.max_length - 1 + streams.padding
-        )
-        kwargs["attention_mask"] = streams.attention_mask
-        if "position_ids" in kwargs:
-            kwargs["position_ids"] = (streams.attention_mask.cumsum(1) - 1).clamp(min=0)
-
     @contextmanager
-    def _rows_loaded(self, rows: Rows) -> Iterator[None]:
+    def rows_loaded(self, rows: Rows) -> Iterator[None]:
+        """Binds the plan to these rows of the coming forward passes, while the block lasts."""
         self._load(rows)
         try:
             yield
         finally:
             self._load(self._plain_rows())
-
-
-def _numbered(
-    prompts: Sequence[Prompt], contexts: Sequence[str | None]
-) -> Iterator[tuple[int, tuple[Prompt, str | None]]]:
-    return enumerate(zip(prompts, contexts, strict=True))
-
-
-def _prompt_lengths(input_ids: Tensor, kwargs: dict[str, Any]) -> Int[Tensor, " row"]:
-    """Real tokens of each row's prompt, from what `generate` hands to a decoding method."""
-    rows = input_ids.shape[0]
-    # `generate` drops a mask without padding. Position ids do not tell where a prompt that is padded on the right ends.
-    if (mask := kwargs.get("attention_mask")) is not None:
-        return mask.sum(1)
-    if (positions := kwargs.get("position_ids")) is not None:
-        # Qwen-VL has several for each token, the plain ones first.
-        positions = positions[0] if positions.dim() == 3 else positions
-        return positions[:, -1].expand(rows) + 1
-    return torch.full((rows,), input_ids.shape[1], device=input_ids.device)

@@ -105,7 +105,7 @@ def edits_of(rows: Sequence[Row], layer: GatedCrossAttention) -> list[Edit]:
         ),
         steer.PrefixEdit.from_rows([row.prefix for row in rows], WIDTH),
         steer.MemoryEdit.from_rows(Site("resid_mid", 1), layer, [row.memory for row in rows]),
-        steer.StreamEdit(contexts, lams),
+        steer.StreamEdit.contrast(contexts, lams),
     ]
 
 

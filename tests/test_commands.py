@@ -71,3 +71,44 @@ def test_generate_answers_as_the_library_does(texts: Path, llama: steer.FrozenLM
         assert [row["text"] for row in printed] == expected
     with pytest.raises(steer.SteerError, match="is not above 0; 1 is none"):
         run(*asked, "--repetition-penalty", 0)
+
+
+def test_generate_contrasts_every_user_by_a_context_of_their_own(
+    texts: Path, llama: steer.FrozenLM, tmp_path: Path
+) -> None:
+    people = tmp_path / "people.jsonl"
+    people.write_text('{"user_id": "ann", "context": "I sail.", "lam": 3}\n\n{"user_id": "bob", "context": "I row."}\n')
+    command = ["generate", "--prompt", "hello", "--contexts", people, "--max-new-tokens", 5, "--json"]
+    rows = json.loads(run(*command, "--set", "lam=0.5").output)["rows"]
+    states = [None, steer.CoS(lam=3).state("I sail."), steer.CoS(lam=0.5).state("I row.")]
+    assert [row["user"] for row in rows] == [None, "ann", "bob"]
+    assert [row["tokens"] for row in rows] == llama.generate_tokens(["hello"] * 3, states=states, max_new_tokens=5)
+    (_, bob) = json.loads(run(*command, "--user", "bob").output)["rows"]
+    assert bob["tokens"] == llama.generate_tokens(["hello"], states=[steer.CoS().state("I row.")], max_new_tokens=5)[0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        ("", [], "holds no contexts"),
+        ("[1]\n", [], "people.jsonl:1: a line is an object"),
+        ('{"user_id": "ann", "context": "x"}\n{"user_id": "ann", "context": "y"}', [], ":2: 'ann' comes a second time"),
+        ('{"user_id": "ann", "context": " "}', [], ":1: a context is empty"),
+        ('{"user_id": "ann", "context": "x", "lambda": 1}', [], ":1: cos: .*'lambda'"),
+        ('{"user_id": "ann"}', [], ":1: cos: .*'context'"),
+        ('{"user_id": "ann", "context": "x"}', ["--method", "style-vector"], "'style_vector' is not a method that"),
+        ('{"user_id": "ann", "context": "x"}', ["--user", "bob"], "has nothing about 'bob'; there are ann"),
+        ('{"user_id": "ann", "context": "x"}', ["--context", "y"], "give one of them"),
+        ('{"user_id": "ann", "context": "x"}', ["--beside", "small"], "--beside small is not a name and a model"),
+        (None, [], "there is no such file"),
+        (None, ["--set", "lam=1"], "there is no such file"),
+    ],
+)
+def test_generate_says_what_is_wrong_with_contexts(
+    texts: Path, tmp_path: Path, lines: str | None, options: list[str], message: str
+) -> None:
+    people = tmp_path / "people.jsonl"
+    if lines is not None:
+        people.write_text(lines)
+    with pytest.raises(steer.SteerError, match=message):
+        run("generate", "--prompt", "hello", "--contexts", people, *options)

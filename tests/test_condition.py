@@ -110,7 +110,7 @@ def test_a_contrasted_stream_follows_the_decision_of_its_owner(llama: steer.Froz
     acts = (own > thresholds) | (DIRECTIONS == 0).all(1)
     assert (own - thresholds)[[0, 2]].abs().min() > 1e-4
     conditional = ResidualEdit(SITE, VECTORS, condition=Condition(READ, DIRECTIONS, thresholds.float()))
-    contrast = steer.StreamEdit(contexts, torch.tensor([1.0, 0.0, 2.0, 1.0]))
+    contrast = steer.StreamEdit.contrast(contexts, torch.tensor([1.0, 0.0, 2.0, 1.0]))
     expected = replace(conditional, vectors=VECTORS * acts[:, None], condition=None)
     # Scores, as logits are the own stream's.
     settings = {"output_logits": False, "output_scores": True}

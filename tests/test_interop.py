@@ -533,7 +533,7 @@ def test_functions_that_outlive_their_block() -> None:
 def test_contrasted_streams() -> None:
     bridge, lm = lens("llama")
     edits: list[Any] = [
-        steer.StreamEdit(["context"], torch.ones(1)),
+        steer.StreamEdit.contrast(["context"], torch.ones(1)),
         steer.ResidualEdit(Site("embed"), torch.ones(1, WIDTH), "all"),
     ]
     with pytest.raises(steer.SteerError, match="streams need steer's own generation"), lm.steered(edits=edits) as s:

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import TopPLogitsWarper
 
 from steer.kernels import (
     add_rows,
     add_rows_keeping_norm,
+    arithmetic,
     attend,
     geometric,
+    keep_nucleus,
     low_rank_rows,
     naive_add_rows,
     naive_add_rows_keeping_norm,
+    naive_arithmetic,
     naive_attend,
     naive_geometric,
+    naive_keep_nucleus,
     naive_low_rank_rows,
     naive_overwrite_rows,
     naive_project_rows,
     naive_similarity_to_projection,
+    naive_tilted_log_probs,
+    naive_tilted_moments,
     overwrite_rows,
     project_rows,
     similarity_to_projection,
+    tilted_log_probs,
+    tilted_moments,
 )
+from steer.kernels import mixture as mixture_module
 
+MINUS_INF = float("-inf")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 sizes = pytest.mark.parametrize("pos", [1, 7, 63])
 widths = pytest.mark.parametrize("d", [33, 60])
@@ -233,19 +249,44 @@ def test_geometric(vocab: int, batch: int, streams: int, dtype: torch.dtype) -> 
     assert relative_error(out, naive_geometric(logits, weights, owners, batch)) < 1e-6
 
 
-@settings(deadline=None, derandomize=True, database=None)
-@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(0, 5))
-def test_geometric_with_tokens_that_are_ruled_out(seed: int, batch: int, streams: int) -> None:
-    logits, weights, owners, batch = mixture_inputs(12, batch, streams, seed)
+def with_tokens_ruled_out(logits: Tensor, seed: int) -> Tensor:
+    """Some in every row, and sometimes all tokens of a row."""
     generator = torch.Generator().manual_seed(seed)
-    logits[torch.rand(logits.shape, generator=generator) < 0.3] = float("-inf")
-    weights[torch.rand(weights.shape, generator=generator) < 0.2] = 0.0
-    out, expected = geometric(logits, weights, owners, batch), naive_geometric(logits, weights, owners, batch)
-    assert not out.isnan().any()
+    ruled_out = torch.rand(logits.shape, generator=generator) < 0.3
+    whole = torch.rand(len(logits), 1, generator=generator) < 0.05
+    return logits.masked_fill(ruled_out | whole, MINUS_INF)
+
+
+def some_floors(batch: int, seed: int) -> Tensor:
+    choices = torch.tensor([MINUS_INF, math.log(1e-3), math.log(0.1), 0.0])
+    return choices[torch.randint(4, (batch,), generator=torch.Generator().manual_seed(seed))]
+
+
+def assert_same(out: Tensor, expected: Tensor) -> None:
+    """The same tokens are ruled out, the others agree to float32's rounding, and nothing is NaN or ∞."""
+    assert out.dtype == torch.float32
     assert torch.equal(out.isneginf(), expected.isneginf())
-    assert out.isneginf()[logits[:batch].isneginf()].all()
     finite = expected.isfinite()
-    torch.testing.assert_close(out[finite].double(), expected[finite], rtol=1e-5, atol=1e-5)
+    assert torch.equal(finite, ~expected.isneginf())
+    torch.testing.assert_close(out[finite].double(), expected[finite], rtol=1e-5, atol=2e-5)
+
+
+cases = given(st.integers(0, 10_000), st.integers(1, 4), st.integers(0, 5), st.booleans(), st.sampled_from([1, 4, 1e4]))
+steadily = settings(deadline=None, derandomize=True, database=None)
+
+
+@steadily
+@cases
+def test_geometric_with_tokens_that_are_ruled_out(
+    seed: int, batch: int, streams: int, filtered: bool, scale: float
+) -> None:
+    logits, weights, owners, batch = mixture_inputs(12, batch, streams, seed)
+    logits = with_tokens_ruled_out(scale * logits, seed)
+    weights[torch.rand(weights.shape, generator=torch.Generator().manual_seed(seed)) < 0.2] = 0.0
+    floors = some_floors(batch, seed) if filtered else None
+    out = geometric(logits, weights, owners, batch, floors)
+    assert_same(out / scale, naive_geometric(logits, weights, owners, batch, floors) / scale)
+    assert out.isneginf()[logits[:batch].isneginf()].all()
 
 
 def test_what_a_further_stream_rules_out() -> None:
@@ -270,3 +311,269 @@ def test_geometric_is_contrast_with_and_without_a_context() -> None:
     torch.testing.assert_close(contrast(shifted, 1.7), contrast(logits, 1.7))
     expected = (logits[0].log_softmax(-1) * 2.7 - logits[1].log_softmax(-1) * 1.7).softmax(-1)
     torch.testing.assert_close(contrast(logits, 1.7), expected)
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_geometric_with_all_weight_on_one_row_is_that_row(row: int) -> None:
+    logits, owners = 4 * normal(3, 50), torch.tensor([0, 0, 0])
+    out = geometric(logits, torch.eye(3)[row], owners, 1)[0]
+    if row == 0:
+        assert torch.equal(out, logits[0])
+    torch.testing.assert_close(out, logits[row], rtol=0, atol=4e-6)
+
+
+# (power, scale): kNN-LM, MOD's forward KL, MOD's α form at ½ and 2, its power mean proper, and one between.
+POWERS = [(1.0, 1.0), (-1.0, -1.0), (-0.5, -1.0), (-2.0, -1.0), (-2.0, -0.5), (0.3, 1 / 0.3)]
+
+
+def powers_and_scales(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    which = torch.randint(len(POWERS), (batch,), generator=torch.Generator().manual_seed(seed))
+    powers, scales = torch.tensor(POWERS)[which].T
+    return powers, scales
+
+
+@pytest.mark.parametrize("vocab", [1, 33, 1000])
+@pytest.mark.parametrize(("batch", "streams"), [(1, 0), (1, 1), (5, 0), (5, 3), (2, 7)])
+@dtypes
+def test_arithmetic(vocab: int, batch: int, streams: int, dtype: torch.dtype) -> None:
+    logits, weights, owners, batch = mixture_inputs(vocab, batch, streams)
+    logits, weights, (powers, scales) = logits.to(dtype), weights.abs(), powers_and_scales(batch)
+    out = arithmetic(logits, weights, owners, batch, powers, scales)
+    assert_same(out, naive_arithmetic(logits, weights, owners, batch, powers, scales))
+
+
+@steadily
+@cases
+def test_arithmetic_with_tokens_that_are_ruled_out(
+    seed: int, batch: int, streams: int, filtered: bool, scale: float
+) -> None:
+    logits, weights, owners, batch = mixture_inputs(12, batch, streams, seed)
+    logits = with_tokens_ruled_out(scale * logits, seed)
+    weights = weights.abs()
+    weights[torch.rand(weights.shape, generator=torch.Generator().manual_seed(seed)) < 0.2] = 0.0
+    powers, scales = powers_and_scales(batch, seed)
+    floors = some_floors(batch, seed) if filtered else None
+    out = arithmetic(logits, weights, owners, batch, powers, scales, floors)
+    expected = naive_arithmetic(logits, weights, owners, batch, powers, scales, floors)
+    assert_same(out / scale, expected / scale)
+
+
+@pytest.mark.parametrize(("power", "left"), [(1.0, [True, True, False]), (-1.0, [True, False, False])])
+def test_who_rules_out_in_an_arithmetic_mixture(power: float, left: list[bool]) -> None:
+    """One stream of two is enough at a negative power only; a stream of weight 0 never is."""
+    logits = torch.tensor([[0.0, 0.0, MINUS_INF], [0.0, MINUS_INF, MINUS_INF], [MINUS_INF, 0.0, 0.0]])
+    weights, owners, exponents = torch.tensor([0.5, 0.5, 0.0]), torch.zeros(3, dtype=torch.long), torch.tensor([power])
+    for scale in (1.0, -1.0, 0.0):
+        out = arithmetic(logits, weights, owners, 1, exponents, torch.tensor([scale]))
+        assert out[0].isfinite().tolist() == left
+        assert not out.isnan().any()
+
+
+def test_arithmetic_is_the_published_mixtures() -> None:
+    """kNN-LM's interpolation, MOD's forward KL, and its α form, as their papers write them, by NumPy in float64."""
+    logits, owners, one = 4 * normal(2, 50), torch.tensor([0, 0]), torch.ones(1)
+    w = torch.tensor([0.3, 0.7])
+    p = np.exp(logits.double().numpy())
+    p /= p.sum(-1, keepdims=True)
+    expected = {
+        (1.0, 1.0): np.log(0.3 * p[0] + 0.7 * p[1]),
+        (-1.0, -1.0): -np.log(0.3 / p[0] + 0.7 / p[1]),
+        (-2.0, -1.0): -np.log(0.3 / p[0] ** 2 + 0.7 / p[1] ** 2),
+    }
+    for (power, scale), values in expected.items():
+        out = arithmetic(logits, w, owners, 1, power * one, scale * one)[0]
+        np.testing.assert_allclose(out.numpy(), values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1, 1e4])
+def test_arithmetic_of_one_stream_is_its_log_softmax(scale: float) -> None:
+    logits, ones = scale * normal(5, 1000), torch.ones(5)
+    out = arithmetic(logits, ones, torch.arange(5), 5, ones, ones)
+    torch.testing.assert_close(out / scale, logits.log_softmax(-1) / scale, rtol=1e-6, atol=2e-6)
+
+
+def test_arithmetic_of_a_small_power_is_geometric() -> None:
+    """In the limit of power 0 the power mean is the geometric one; here both are normalized."""
+    logits, owners, w = 2 * normal(3, 50), torch.tensor([0, 0, 0]), torch.tensor([0.5, 0.2, 0.3])
+    for power in (1e-3, -1e-3):
+        powers = torch.tensor([power])
+        mixed = arithmetic(logits, w, owners, 1, powers, 1 / powers).log_softmax(-1)
+        torch.testing.assert_close(mixed, geometric(logits, w, owners, 1).log_softmax(-1), rtol=0, atol=1e-2)
+
+
+MIXTURES: dict[str, Callable[..., Tensor]] = {
+    "geometric": lambda logits, weights, owners, batch, powers, scales, floors: geometric(
+        logits, weights, owners, batch, floors
+    ),
+    "arithmetic": arithmetic,
+}
+mixtures = pytest.mark.parametrize("mix", MIXTURES.values(), ids=MIXTURES)
+
+
+def whole_case(vocab: int = 33, batch: int = 3, streams: int = 4, seed: int = 0) -> list:
+    logits, weights, owners, batch = mixture_inputs(vocab, batch, streams, seed)
+    return [logits, weights.abs(), owners, batch, *powers_and_scales(batch, seed), some_floors(batch, seed + 1)]
+
+
+@mixtures
+@pytest.mark.parametrize("floor", [MINUS_INF, math.log(0.1), 0.0])
+def test_plausibility_filter(mix: Callable[..., Tensor], floor: float) -> None:
+    """As Li et al. 2023 write it, by the probabilities of the own row."""
+    *inputs, _ = whole_case()
+    logits, batch = inputs[0], inputs[3]
+    plain, filtered = mix(*inputs, None), mix(*inputs, torch.full((batch,), floor))
+    p = logits[:batch].double().softmax(-1)
+    kept = p >= math.exp(floor) * p.amax(-1, keepdim=True)
+    assert torch.equal(filtered, plain.masked_fill(~kept, MINUS_INF))
+    if floor == 0:
+        assert torch.equal(kept.sum(-1), torch.ones(batch))
+
+
+@mixtures
+@pytest.mark.parametrize("block", [1, 7, 70, 10_000])
+def test_mixtures_in_blocks(mix: Callable[..., Tensor], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = whole_case()
+    inputs[0] = with_tokens_ruled_out(inputs[0], 0)
+    whole = mix(*inputs)
+    monkeypatch.setattr(mixture_module, "BLOCK", block)
+    torch.testing.assert_close(mix(*inputs), whole, rtol=1e-6, atol=2e-6)
+
+
+@mixtures
+def test_mixtures_leave_their_inputs_as_they_are(mix: Callable[..., Tensor]) -> None:
+    inputs = whole_case()
+    assert inputs[0].dtype == torch.float32  # the dtype in which a cast is no copy
+    before = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
+    mix(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True) if isinstance(a, Tensor))
+
+
+@mixtures
+def test_a_row_is_mixed_as_it_is_alone(mix: Callable[..., Tensor]) -> None:
+    """Bit for bit, next to a row that rules out everything, one of huge logits and one that filters."""
+    logits, weights, owners, batch, powers, scales, floors = whole_case(streams=9)
+    logits[0], logits[2] = MINUS_INF, 1e4 * logits[2]
+    floors[0], floors[1], floors[2] = 0.0, MINUS_INF, math.log(0.5)
+    rows = [row for row in range(len(owners)) if owners[row] == 1]
+    assert len(rows) > 1
+    alone = mix(logits[rows], weights[rows], owners[rows] * 0, 1, powers[1:2], scales[1:2], floors[1:2])
+    assert torch.equal(mix(logits, weights, owners, batch, powers, scales, floors)[1:2], alone)
+
+
+@mixtures
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_masks_by_the_lowest_number(mix: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """What all streams mask so overflows, and is ruled out or stays last."""
+    inputs = whole_case()
+    inputs[0] = inputs[0].to(dtype)
+    inputs[0][:, 5] = torch.finfo(dtype).min
+    out = mix(*inputs)
+    assert not out.isnan().any()
+    assert (out[:, 5] <= out.amin(-1)).all()
+
+
+@mixtures
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_graph_for_all_weights_powers_and_floors(mix: Callable[..., Tensor], batch: int) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mix, backend=counter, fullgraph=True)
+    for seed in range(4):
+        inputs = whole_case(batch=batch, seed=seed)
+        inputs[0] = with_tokens_ruled_out(inputs[0], seed)
+        expected = mix(*inputs)
+        assert_same(compiled(*inputs), expected.double())
+    assert counter.frame_count == 1
+
+
+def nucleus_inputs(rows: int, vocab: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    shares = torch.rand(rows, generator=torch.Generator().manual_seed(seed))
+    return 4 * normal(rows, vocab, seed=seed), shares
+
+
+@pytest.mark.parametrize("vocab", [1, 33, 1000])
+@rows_
+@dtypes
+def test_keep_nucleus(vocab: int, rows: int, dtype: torch.dtype) -> None:
+    logits, shares = nucleus_inputs(rows, vocab)
+    logits = logits.to(dtype)
+    out = keep_nucleus(logits, shares)
+    assert out.dtype == dtype
+    assert torch.equal(out, naive_keep_nucleus(logits, shares))
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.1, 0.5, 0.9, 0.99, 0.9999])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 10.0])
+def test_keep_nucleus_is_the_filter_of_transformers(share: float, spread: float) -> None:
+    logits = spread * normal(7, 999)
+    logits[2, ::3] = MINUS_INF
+    out = keep_nucleus(logits, torch.full((7,), share))
+    for row in range(7):
+        assert torch.equal(out[row : row + 1], TopPLogitsWarper(share)(None, logits[row : row + 1]))
+
+
+@steadily
+@given(st.integers(0, 10_000), st.integers(1, 5))
+def test_keep_nucleus_with_tokens_that_are_ruled_out(seed: int, rows: int) -> None:
+    logits, shares = nucleus_inputs(rows, 12, seed)
+    logits = with_tokens_ruled_out(logits.round(), seed)  # rounded, so that there are ties
+    shares[seed % rows] = seed % 3 / 2
+    out = keep_nucleus(logits, shares)
+    assert torch.equal(out, naive_keep_nucleus(logits, shares))
+
+
+def test_tokens_of_one_probability_stay_or_go_together() -> None:
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(4, 4)
+    kept = keep_nucleus(logits, torch.tensor([0.4, 0.7, 0.8, 0.0])).isfinite()
+    assert kept.sum(-1).tolist() == [1, 2, 4, 1]
+    assert kept[:, 0].all()
+
+
+def test_a_share_of_1_leaves_a_row_as_it_is() -> None:
+    """Down to tokens whose probability is 0 in float32."""
+    logits = torch.tensor([[0.0, -1e4, -5.0, MINUS_INF], [MINUS_INF] * 4])
+    assert torch.equal(keep_nucleus(logits, torch.ones(2)), logits)
+    assert keep_nucleus(logits, torch.full((2,), 0.5)).tolist() == [[0.0] + 3 * [MINUS_INF], 4 * [MINUS_INF]]
+
+
+def test_one_graph_for_all_shares() -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(keep_nucleus, backend=counter, fullgraph=True)
+    for seed in range(3):
+        logits, shares = nucleus_inputs(3, 33, seed)
+        assert torch.equal(compiled(logits, shares), keep_nucleus(logits, shares))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("vocab", [1, 37, 100_003])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_tilts(vocab: int, tokens: int, dtype: torch.dtype) -> None:
+    """Of tables that are worked on whole, and in several blocks."""
+    log_probs = (3 * normal(tokens, vocab, dtype=dtype)).log_softmax(1)
+    change, chosen = 2 * normal(tokens, vocab, dtype=dtype, seed=1), integers(vocab, tokens)
+    if vocab > 1:
+        # Ruled out at every λ, and never chosen.
+        log_probs[:, 1] = float("-inf")
+        chosen = torch.where(chosen == 1, 0, chosen)
+    lams = torch.tensor([-3.7, -1.0, 0.0, 0.3, 5.0])
+    limit = 1e-12 if dtype == torch.float64 else 2e-6
+    arguments = log_probs, change, chosen
+    actual, expected = tilted_log_probs(*arguments, lams), naive_tilted_log_probs(*arguments, lams)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=limit, atol=limit)
+    for lam in lams.tolist():
+        for actual, expected in zip(
+            tilted_moments(log_probs, change, lam), naive_tilted_moments(log_probs, change, lam), strict=True
+        ):
+            torch.testing.assert_close(actual.double(), expected, rtol=20 * limit, atol=20 * limit)
+
+
+def test_tilts_do_not_overflow() -> None:
+    log_probs, change = torch.tensor([[0.0, -2000.0, -3000.0]]), torch.tensor([[-500.0, 500.0, 0.0]])
+    lams = torch.tensor([-100.0, 2.0, 100.0])
+    assert tilted_log_probs(log_probs, change, torch.tensor([1]), lams)[:, 0].tolist() == pytest.approx(
+        [-102_000.0, -math.log(2), 0.0], abs=1e-4
+    )
+    assert [tilted_moments(log_probs, change, lam)[0].item() for lam in lams.tolist()] == [-500.0, 0.0, 500.0]

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 import steer
 from steer.cli.app import app
+from steer.inject import Mixture, Stream
 from steer.likelihood import response_losses
-from steer.read import Span, response_span
+from steer.read import Span, record_span, response_span
 from steer.score import Scores, UserScore, row_losses, score
 
 ROWS = 5
@@ -195,11 +196,6 @@ def test_users_may_number_their_records_alike(llama: steer.FrozenLM, histories: 
         score(llama, [bob], states)
 
 
-def test_contexts_cannot_be_scored(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
-    with pytest.raises(steer.SteerError, match="contrast"):
-        score(llama, histories, {history.user_id: steer.CoS().state("likes tea") for history in histories})
-
-
 def test_totals_are_means_over_users_with_bootstrap_intervals() -> None:
     users = [
         UserScore(str(i), base=3.0, own=3.0 - gain, others={"x": 3.0 + harm, "y": 3.0 - 2 * harm}, tokens=10)
@@ -268,3 +264,44 @@ def test_a_file_that_cannot_be_written_costs_nothing(tmp_path: Path, monkeypatch
         refused = CliRunner().invoke(app, ["score", "texts.jsonl", "--bank", "people.bank", "--json", str(wrong)])
         assert isinstance(refused.exception, steer.SteerError)
         assert f"{wrong} cannot be written" in str(refused.exception)
+
+
+def test_contexts_are_scored_as_they_are_decoded(lm: steer.FrozenLM) -> None:
+    """−log p under each mixture, from forward passes by hand; rows without a context, and another model's logits."""
+    record = steer.Record("ann", "what she wrote", "what was asked")
+    span = record_span(lm, record)
+    mixtures = [
+        None,
+        Mixture.contrast("I sail.", 1.5),
+        Mixture((Stream(1.0), Stream(0.5, "I sail.", model="other"), Stream(-0.5, model="other"))),
+        Mixture((Stream(0.4, "I sail."), Stream(0.6)), power=-1.0, scale=-1.0),
+    ]
+    with steer.wrap(tiny("gpt2", seed=4), tokenizer()) as other:
+        losses = row_losses(lm, span, [steer.StreamEdit(mixtures)], 4, models={"other": other})
+
+        def log_probs(model: steer.FrozenLM, prompt: str) -> Tensor:
+            response = lm.tokenizer(record.response).input_ids
+            ids = torch.tensor([*lm.tokenizer(prompt).input_ids, *response])
+            with torch.no_grad():
+                return model.model(ids[None, :-1]).logits[0, -len(response) :].double().log_softmax(-1)
+
+        plain, sailing = log_probs(lm, "what was asked"), log_probs(lm, "I sail. what was asked")
+        others = log_probs(other, "I sail. what was asked") - log_probs(other, "what was asked")
+    expected = [plain, 2.5 * sailing - 1.5 * plain, plain + 0.5 * others]
+    expected.append(-(0.4 / sailing.exp() + 0.6 / plain.exp()).log())
+    targets = torch.tensor(lm.tokenizer(record.response).input_ids)[:, None]
+    sums = [-scores.log_softmax(-1).gather(1, targets).sum() for scores in expected]
+    assert_close(losses.double(), torch.stack(sums))
+
+
+def test_what_cannot_be_scored_under_a_context_is_refused(llama: steer.FrozenLM) -> None:
+    contrast = steer.StreamEdit.contrast(["I sail."], [1.0])
+    with pytest.raises(steer.SteerError, match="needs a prompt that it stands in front of"):
+        row_losses(llama, record_span(llama, steer.Record("ann", "what she wrote")), [contrast], 1)
+    vectors = steer.ResidualEdit(steer.Site("resid_post", 1), torch.ones(1, llama.width))
+    span = record_span(llama, steer.Record("ann", "what she wrote", "asked"))
+    with pytest.raises(steer.SteerError, match="are scored alone"):
+        row_losses(llama, span, [contrast, vectors], 1)
+    llama.model.config.max_position_embeddings = 20
+    with pytest.raises(steer.SteerError, match="have 27 tokens, the model reads 20"):
+        row_losses(llama, span, [contrast], 1)

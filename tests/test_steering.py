@@ -406,7 +406,9 @@ def test_blends_of_several_methods_and_settings(llama: steer.FrozenLM) -> None:
     assert_close(vectors["all"], 0.5 * early.tensors["resid_post[1]"])
     assert_close(vectors["response"], 2.0 * late.tensors["resid_post[1]"])
     assert steering.plan.streams is not None
-    assert steering.plan.streams.contexts == ["I am."]
+    (mixture,) = steering.plan.streams.mixtures
+    assert mixture is not None
+    assert mixture.streams[0].context == "I am."
 
 
 def test_blends_that_make_no_sense(llama: steer.FrozenLM) -> None:

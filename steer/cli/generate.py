@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steer.cli import options
+from steer.cli.contexts import read_contexts
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
@@ -55,6 +56,32 @@ def generate(
             help="CoS: -1 ignores the context, 0 is plain prompting with it, more amplifies it; 1 if not given.",
         ),
     ] = None,
+    contexts: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL, a user a line: user_id, context (or what else the --method takes), and optionally "
+            "hyper-parameters of their own, such as lam. All users of the file, or those named by --user.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="How --contexts act: cos (the default), guidance, amulet, …", show_default=False),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A hyper-parameter of the --method: --set lam=2. May be repeated.", show_default=False
+        ),
+    ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another model that the --method needs, by its name there, such as small=smollm2-135m; "
+            "may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     unknown_user: Annotated[str, typer.Option(help="error, or plain for rows of users without states.")] = "error",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[
@@ -63,6 +90,15 @@ def generate(
     top_p: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.", show_default=False),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Sample from this many of the likeliest tokens.", show_default=False)
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Sample from tokens with this share of the likeliest one's.", show_default=False
+        ),
     ] = None,
     repetition_penalty: Annotated[
         float | None,
@@ -87,20 +123,31 @@ def generate(
     """
     from steer import Bank, CoS
 
-    if user and bank is None:
-        raise SteerError("--user needs the --bank that holds the states")
+    if user and bank is None and contexts is None:
+        raise SteerError("--user needs the --bank that holds the states, or --contexts")
     if bank is not None and not user:
         raise SteerError(f"--bank needs one or more --user; `steer bank ls {bank}` lists them")
     if bank is None and name:
         raise SteerError("--name chooses states of a bank; give --bank and --user")
     if lam is not None and context is None:
-        raise SteerError("--lambda says how much of a --context; give one")
+        raise SteerError("--lambda says how much of a --context; give one, or write lam into the lines of --contexts")
+    if context is not None and contexts is not None:
+        raise SteerError("--context is one for all rows, --contexts one for each user; give one of them")
+    if contexts is None and (method or setting):
+        raise SteerError("--method and --set say how --contexts act; give such a file")
     if repetition_penalty is not None and not repetition_penalty > 0:
         raise SteerError(f"--repetition-penalty={repetition_penalty} is not above 0; 1 is none")
     if stream and as_json:
         raise SteerError("--stream shows the answer as it is written; it does not go with --json")
     store = None if bank is None else Bank(bank, create=False)
-    people: list[str | None] = list(user or ([CONTEXT_ROW] if context is not None else []))
+    known = (
+        {}
+        if contexts is None
+        else read_contexts(contexts, (method or "cos").replace("-", "_"), options.parse_settings(setting or []))
+    )
+    if store is None and (strangers := sorted(set(user or []) - set(known))) and contexts is not None:
+        raise SteerError(f"{contexts} has nothing about {strangers[0]!r}; there are {', '.join(sorted(known)[:10])}")
+    people: list[str | None] = list(user or known or ([CONTEXT_ROW] if context is not None else []))
     rows = people if stream else [None, *people]
     rows = rows or [None]
     if stream and len(rows) > 1:
@@ -111,8 +158,10 @@ def generate(
         "chat": False if raw else None,
         "strength": strength,
         "dose": dose,
-        **_sampling(temperature, top_p, seed, len(rows)),
+        **_sampling(temperature, {"top_p": top_p, "top_k": top_k, "min_p": min_p}, seed, len(rows)),
     }
+    if beside:
+        arguments["models"] = options.load_beside(beside, device, dtype)
     if repetition_penalty is not None:
         arguments["repetition_penalty"] = repetition_penalty
     if store is not None:
@@ -125,6 +174,8 @@ def generate(
     if context is not None:
         state = (CoS() if lam is None else CoS(lam=lam)).state(context)
         arguments["states"] = [None if row is None else {"--context": state} for row in rows]
+    if contexts is not None:
+        arguments["states"] = [{"--contexts": known[row]} if row in known else None for row in rows]
     if stream:
         _stream(lm, prompt, arguments)
         return
@@ -151,13 +202,16 @@ def generate(
     options.err.print(f"{len(rows)} rows in {seconds:.1f} s")
 
 
-def _sampling(temperature: float | None, top_p: float | None, seed: int, rows: int) -> dict[str, Any]:
-    if temperature is None and top_p is None:
+def _sampling(temperature: float | None, limits: dict[str, Any], seed: int, rows: int) -> dict[str, Any]:
+    limits = {name: value for name, value in limits.items() if value is not None}
+    if temperature is None and not limits:
         return {"do_sample": False}
     if temperature is not None and temperature <= 0:
         raise SteerError("--temperature must be above 0; leave it out for the likeliest token")
     seeds = [seed + row for row in range(rows)]
-    return {"do_sample": True, "temperature": temperature or 1.0, "top_p": top_p or 1.0, "top_k": 0, "seeds": seeds}
+    # What is not said limits nothing, whatever the model's own settings are.
+    free = {"top_p": 1.0, "top_k": 0, "min_p": None}
+    return {"do_sample": True, "temperature": temperature or 1.0, **free, **limits, "seeds": seeds}
 
 
 def _stream(lm: FrozenLM, prompt: str, arguments: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ Instruction = Annotated[
         show_default=False,
     ),
 ]
+Raw = Annotated[bool, typer.Option("--raw", help="Prompts are texts as they are, without the chat template.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -59,6 +60,17 @@ def load(model: str, device: str | None, dtype: str | None) -> FrozenLM:
         raise SteerError(f"--dtype {dtype} is not one of {', '.join(dtypes)}")
     with err.status(f"loading {model}"):
         return steer.load(model, device=device, dtype=None if dtype is None else dtypes[dtype])
+
+
+def load_beside(pairs: list[str], device: str | None, dtype: str | None) -> dict[str, FrozenLM]:
+    """Loads the models of `small=smollm2-135m` and so on, by these names."""
+    models: dict[str, FrozenLM] = {}
+    for pair in pairs:
+        name, equals, model = pair.partition("=")
+        if not (name and equals and model):
+            raise SteerError(f"--beside {pair} is not a name and a model, such as small=smollm2-135m")
+        models[name] = load(model, device, dtype)
+    return models
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
@@ -89,6 +101,18 @@ def parse_layers(text: str) -> list[int]:
     if min(layers) < 0 or len(set(layers)) < len(layers):
         raise SteerError(f"--layer {text}: layers count from 0 and are named once")
     return layers
+
+
+def parse_grid(option: str, text: str) -> list[float]:
+    """Reads `-1,0,2`, or `-4:4:0.5`, which is from, to and the step between."""
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        low, high, step = (float(part) for part in text.split(":"))
+        # By counting: sums of steps would be rounded more and more.
+        return [low + i * step for i in range(int((high - low) / step + 1e-9) + 1)]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise SteerError(f"{option} {text} is no list such as -1,0,2 and no range such as -4:4:0.5") from None
 
 
 def parse_numbers(option: str, text: str) -> list[float]:

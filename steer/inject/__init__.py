@@ -1,12 +1,13 @@
-"""The four ways into the model: residual stream, prefix, memory, and contrasted streams."""
+"""The ways into the model: residual stream, prefix, memory, contrasted streams, and neighbours of stored states."""
 
 from steer.inject.condition import Condition, Decision
 from steer.inject.memory import GatedCrossAttention, MemoryEdit
+from steer.inject.neighbours import NeighbourEdit
 from steer.inject.prefix import PrefixEdit
 from steer.inject.residual import LowRankEdit, ProjectionEdit, ResidualEdit, SiteEdit
-from steer.inject.streams import StreamEdit
+from steer.inject.streams import Mixture, Stream, StreamEdit
 
-Edit = SiteEdit | PrefixEdit | MemoryEdit | StreamEdit
+Edit = SiteEdit | PrefixEdit | MemoryEdit | StreamEdit | NeighbourEdit
 
 __all__ = [
     "Condition",
@@ -15,9 +16,12 @@ __all__ = [
     "GatedCrossAttention",
     "LowRankEdit",
     "MemoryEdit",
+    "Mixture",
+    "NeighbourEdit",
     "PrefixEdit",
     "ProjectionEdit",
     "ResidualEdit",
     "SiteEdit",
+    "Stream",
     "StreamEdit",
 ]

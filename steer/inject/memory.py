@@ -113,7 +113,7 @@ class AttendToMemory:
         owners = rows.owners.to(device)
         # One slot of zeros in front, which only rows without a memory see: softmax over nothing would be NaN.
         memory = nn.functional.pad(edit.memory.to(device, weight.dtype)[owners], (0, 0, 1, 0))
-        lengths = edit.lengths.to(device)[owners][:, None]
+        lengths = rows.spared(edit.lengths.to(device)[owners], 0)[:, None]
         slots = torch.arange(memory.shape[1], device=device)[None]
         visible = torch.where(lengths == 0, slots == 0, (slots > 0) & (slots <= lengths))
         keys, values = self.layer.project(memory)

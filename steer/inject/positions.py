@@ -60,7 +60,9 @@ class NamedGate(Gate):
             bound = torch.zeros_like(rows.owners)
         else:
             bound = lengths - 1 if self.positions == "response" else lengths
-        self.bound = refill(self.bound, bound)
+        # No position is beyond the one, none before the other.
+        nowhere = 0 if self.positions == "prompt" else torch.iinfo(bound.dtype).max
+        self.bound = refill(self.bound, rows.spared(bound, nowhere))
 
     def begin(self, positions: Int[Tensor, "row pos"], dtype: torch.dtype) -> None:
         if self.bound is None or not self.known:
@@ -89,7 +91,7 @@ class MarkedGate(Gate):
         """Gathers the rows' marks, and one more position that stands for all beyond: it is never marked."""
         assert self.marks is not None
         marks = torch.nn.functional.pad(self.marks.to(rows.owners.device), (0, 1))
-        self.marked = refill(self.marked, marks[rows.owners])
+        self.marked = refill(self.marked, rows.spared(marks[rows.owners], False))
 
     def begin(self, positions: Int[Tensor, "row pos"], dtype: torch.dtype) -> None:
         assert self.marked is not None

@@ -68,7 +68,7 @@ class OverwriteEmbeddings:
         """Gathers the rows' soft tokens."""
         owners = rows.owners.to(device)
         self.values = refill(self.values, edit.embeddings.to(device, dtype)[owners])
-        self.lengths = refill(self.lengths, edit.lengths.to(device)[owners])
+        self.lengths = refill(self.lengths, rows.spared(edit.lengths.to(device)[owners], 0))
 
     def begin(self, positions: Int[Tensor, "row pos"]) -> None:
         """Computes each token's place in the prefix, for this forward pass."""

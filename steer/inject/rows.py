@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Bool, Int
     from torch import Tensor
 
 
@@ -19,13 +19,22 @@ class Rows:
     Attributes:
         owners: the batch row that each row belongs to.
         prompt_lengths: real tokens of each row's prompt, or None where they are not known.
+        touched: whether a row carries the edits of its batch row; None if all do.
     """
 
     owners: Int[Tensor, " row"]
     prompt_lengths: Int[Tensor, " row"] | None
+    touched: Bool[Tensor, " row"] | None = None
 
     def __len__(self) -> int:
         return self.owners.shape[0]
+
+    def spared(self, values: Tensor, neutral: float) -> Tensor:
+        """Values of the rows, `[row, ...]`, with others in the rows that carry no edits."""
+        if self.touched is None:
+            return values
+        touched = self.touched.to(values.device).view(-1, *[1] * (values.dim() - 1))
+        return torch.where(touched, values, torch.full_like(values, neutral))
 
 
 def refill(buffer: Tensor | None, values: Tensor) -> Tensor:

@@ -1,163 +1,197 @@
-"""Stream edits: further rows of the same batch whose next-token logits are mixed into those of their owners."""
+"""Stream edits: a row's next token is chosen from a mixture of the logits of several streams.
+
+A stream is the row's prompt with another context, or under another model. Two rules unite the family (METHODS §0):
+
+    geometric    Σ_i w_i · logits_i                     CoS, guidance, contrastive decoding, proxy tuning, Amulet, …
+    arithmetic   scale · log Σ_i w_i · p_i ^ power      the other divergences of MOD
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 
 from steer.errors import SteerError
-from steer.kernels import geometric
+from steer.kernels import arithmetic, geometric, keep_nucleus
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-Processor = Callable[["Tensor", "Tensor"], "Tensor"]
+Touched = Literal["all", "own", "further"]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Next-token logits that take part in a mixture.
+
+    Attributes:
+        weight: their coefficient.
+        context: what stands in front of the prompt, joined by one space; None for the prompt alone.
+        system: what the system message says; None for none, or the template's own.
+        model: the name of another model, one of `models` of `FrozenLM.steered`; None for the steered model.
+    """
+
+    weight: float
+    context: str | None = None
+    system: str | None = None
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise SteerError(f"the weight of a stream must be finite, got {self.weight}")
+        for name in ("context", "system"):
+            text = getattr(self, name)
+            if text is not None and not text.strip():
+                raise SteerError(f"a {name} is empty; use None for a stream without one")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How the logits of a row's streams become one. The first stream is the row itself.
+
+    A token that the row itself rules out (logit −inf) stays ruled out under the geometric rule, see `geometric`.
+
+    Attributes:
+        streams: the first one belongs to the steered model.
+        power: of the probabilities under the arithmetic rule; 0 for the geometric rule.
+        scale: of the logarithm under the arithmetic rule; 1 / power for a proper mean.
+        floor: tokens that are less likely in the row itself than this share of its likeliest token are ruled out.
+        nucleus: the row itself keeps the smallest set of tokens with at least this probability.
+        steered: which streams of the steered model carry the row's other edits: "all" of them, the row's "own", or the
+            "further" ones.
+    """
+
+    streams: tuple[Stream, ...]
+    power: float = 0.0
+    scale: float = 1.0
+    floor: float = 0.0
+    nucleus: float = 1.0
+    steered: Touched = "all"
+
+    def __post_init__(self) -> None:
+        if not self.streams:
+            raise SteerError("a mixture needs a stream")
+        if self.streams[0].model is not None:
+            raise SteerError("the first stream of a mixture is the row itself, so it cannot be another model's")
+        if not (math.isfinite(self.power) and math.isfinite(self.scale)):
+            raise SteerError(f"power and scale must be finite, got {self.power} and {self.scale}")
+        if self.power and any(stream.weight < 0 for stream in self.streams):
+            raise SteerError("the weights of an arithmetic mixture must not be negative")
+        if not 0 <= self.floor <= 1:
+            raise SteerError(f"floor={self.floor} is not a share, from 0 to 1")
+        if not 0 < self.nucleus <= 1:
+            raise SteerError(f"nucleus={self.nucleus} is not a probability, above 0 and up to 1")
+        if self.steered not in get_args(Touched):
+            raise SteerError(f"steered={self.steered!r} is not one of {', '.join(get_args(Touched))}")
+
+    @classmethod
+    def contrast(cls, context: str | None, lam: float, *, against: str | None = None) -> Mixture:
+        """`(1 + λ) · logits(context) − λ · logits(against)`: CoS, Eq. 3; the prompt alone where `against` is None."""
+        if not math.isfinite(lam):
+            raise SteerError(f"λ must be finite, got {lam}")
+        return cls((Stream(1 + lam, context), Stream(-lam, against)))
+
+    def touches(self, stream: int) -> bool:
+        """Whether a stream of the steered model carries the row's other edits."""
+        return self.steered == "all" or (stream == 0) == (self.steered == "own")
 
 
 @dataclass(frozen=True)
 class StreamEdit:
-    """Contrasts row b with and without `contexts[b]`: `(1 + λ_b) · logits(context, prompt) − λ_b · logits(prompt)`.
+    """Chooses row b's tokens from `mixtures[b]`; None is a row that is not mixed."""
 
-    CoS, Eq. 3 (METHODS §1): λ = −1 is the prompt alone, 0 the context as plain text, more amplifies it. Equal to
-    classifier-free guidance of scale 1 + λ. Rows without a context have no second stream.
-    """
+    mixtures: Sequence[Mixture | None]
 
-    contexts: Sequence[str | None]
-    lams: Float[Tensor, " batch"]
+    @classmethod
+    def contrast(
+        cls, contexts: Sequence[str | None], lams: Sequence[float] | Float[Tensor, " batch"], **settings: str
+    ) -> StreamEdit:
+        """Contrasts row b with and without `contexts[b]`: CoS of strength λ_b (see `Mixture.contrast`).
 
-    def __post_init__(self) -> None:
-        if not torch.isfinite(self.lams).all():
-            raise SteerError(f"λ must be finite, got {self.lams.tolist()}")
-        if any(context is not None and not context.strip() for context in self.contexts):
-            raise SteerError("a context is empty; use None for a row without one")
+        λ = −1 is the prompt alone, 0 the context as plain text, more amplifies it. Rows of None are not contrasted.
+        """
+        lams = [float(lam) for lam in lams]
+        if len(contexts) != len(lams):
+            raise SteerError(f"{len(contexts)} contexts and {len(lams)} λ")
+        rows = zip(contexts, lams, strict=True)
+        return cls([None if context is None else Mixture.contrast(context, lam, **settings) for context, lam in rows])
+
+    @property
+    def models(self) -> set[str]:
+        """Names of the other models that take part."""
+        streams = (stream for mixture in self.mixtures if mixture is not None for stream in mixture.streams)
+        return {stream.model for stream in streams if stream.model is not None}
 
     @staticmethod
     def merge(edits: Sequence[StreamEdit]) -> StreamEdit:
-        """One edit out of several that contrast different rows.
+        """One edit out of several that mix different rows.
 
         Raises:
-            SteerError: two of them contrast the same row.
+            SteerError: two of them mix the same row.
         """
-        contexts = [[edit.contexts[row] for edit in edits] for row in range(len(edits[0].contexts))]
-        if crowded := [row for row, own in enumerate(contexts) if sum(context is not None for context in own) > 1]:
+        rows = [[m for m in own if m is not None] for own in zip(*(edit.mixtures for edit in edits), strict=True)]
+        if crowded := [row for row, own in enumerate(rows) if len(own) > 1]:
             raise SteerError(f"two states contrast streams in row {crowded[0]}; choose one of them with `names`")
-        which = [next((i for i, context in enumerate(own) if context is not None), 0) for own in contexts]
-        return StreamEdit(
-            [own[i] for own, i in zip(contexts, which, strict=True)],
-            torch.stack([edits[i].lams[row] for row, i in enumerate(which)]),
-        )
+        return StreamEdit([own[0] if own else None for own in rows])
 
 
 @dataclass(frozen=True)
-class Streams:
-    """The rows of one forward pass when some are contrasted: the batch's own first, then the further ones.
+class Mix:
+    """The mixtures of a batch at work: from the logits of all streams, the batch's own first, to those of the batch.
 
     Attributes:
-        input_ids, attention_mask: all rows, left-padded to one length.
-        owners: for each row, the own row whose next token it shares.
-        weights: of each row in the mixture.
-        batch: how many own rows there are.
-        padding: how much longer the rows are than the batch's own were.
+        weights, owners: of each stream, its coefficient and the row that it belongs to.
+        batch: number of rows.
+        powers, scales: of rows under the arithmetic rule; None if there are none. A power of 0 is the geometric rule.
+        only_arithmetic: whether all rows are under it.
+        floors: the logarithm of what `Mixture.floor` says; None where no row has one.
+        nuclei: what `Mixture.nucleus` says; None where no row has one.
     """
 
-    input_ids: Int[Tensor, "row pos"]
-    attention_mask: Int[Tensor, "row pos"]
-    owners: Int[Tensor, " row"]
-    weights: Float[Tensor, " row"]
+    weights: Float[Tensor, " stream"]
+    owners: Int[Tensor, " stream"]
     batch: int
-    padding: int
+    powers: Float[Tensor, " batch"] | None
+    scales: Float[Tensor, " batch"] | None
+    only_arithmetic: bool
+    floors: Float[Tensor, " batch"] | None
+    nuclei: Float[Tensor, " batch"] | None
 
     @classmethod
-    def build(
-        cls,
-        input_ids: Int[Tensor, "own pos"],
-        attention_mask: Int[Tensor, "own pos"],
-        contrasts: Sequence[Sequence[int] | None],
-        lams: Float[Tensor, " own"],
-        pad_token_id: int,
-    ) -> Streams:
-        """Appends the prompts without context (None: a row without one) to the batch's own rows."""
-        device = input_ids.device
-        own = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        further = [(row, list(ids)) for row, ids in enumerate(contrasts) if ids is not None]
-        contrasted = torch.tensor([ids is not None for ids in contrasts], device=device)
-        lams = lams.to(device, torch.float32)
-        rows = own + [ids for _, ids in further]
-        ids, mask = pad_left(rows, pad_token_id, at_least=input_ids.shape[1])
-        owners = torch.tensor([*range(len(own)), *(row for row, _ in further)])
+    def of(cls, mixtures: Sequence[Mixture | None], weights: Sequence[float], owners: Int[Tensor, " stream"]) -> Mix:
+        """Puts the rows' mixtures into tensors on the device of `owners`."""
+        rows = [mixture or Mixture((Stream(1.0),)) for mixture in mixtures]
+
+        def tensor(values: Sequence[float], neutral: float) -> Tensor | None:
+            return None if set(values) == {neutral} else torch.tensor(values, device=owners.device)
+
+        powers = tensor([row.power for row in rows], 0.0)
         return cls(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            owners=owners.to(device),
-            weights=torch.cat([torch.where(contrasted, 1 + lams, 1.0), -lams[contrasted]]),
-            batch=len(own),
-            padding=ids.shape[1] - input_ids.shape[1],
+            weights=torch.tensor(weights, dtype=torch.float32, device=owners.device),
+            owners=owners,
+            batch=len(rows),
+            powers=powers,
+            scales=None if powers is None else torch.tensor([row.scale for row in rows], device=owners.device),
+            only_arithmetic=all(row.power for row in rows),
+            floors=tensor([math.log(row.floor) if row.floor else -math.inf for row in rows], -math.inf),
+            nuclei=tensor([row.nucleus for row in rows], 1.0),
         )
 
-    def processor(self, inner: Processor, *, sample: bool) -> Processor:
-        """Mixes raw logits, lets transformers' own processors work on the own rows, and gives all rows one choice."""
-
-        def process(input_ids: Tensor, logits: Tensor) -> Tensor:
-            mixed = geometric(logits, self.weights, self.owners, self.batch)
-            scores = inner(input_ids[: self.batch, self.padding :], mixed)
-            if sample:
-                # Rows that share a token must not draw it separately.
-                scores = only(scores, torch.multinomial(scores.softmax(-1), 1).squeeze(1))
-            return scores[self.owners]
-
-        return process
-
-    def lengthened(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
-        """The same criteria for rows that are `padding` tokens longer."""
-        return StoppingCriteriaList(
-            MaxLengthCriteria(c.max_length + self.padding, c.max_position_embeddings)
-            if isinstance(c, MaxLengthCriteria)
-            else c
-            for c in criteria
-        )
-
-    def own(self, output: Any) -> Any:
-        """Cuts what `generate` returns down to the batch's own rows."""
-        if isinstance(output, torch.Tensor):
-            return output[: self.batch, self.padding :]
-        output["sequences"] = output["sequences"][: self.batch, self.padding :]
-        for name in ("scores", "logits", "attentions", "hidden_states"):
-            if output.get(name) is not None:
-                output[name] = self._cut(output[name])
-        # Its rows are not the batch's, so nobody could go on from it.
-        output["past_key_values"] = None
-        return output
-
-    def _cut(self, value: Any) -> Any:
-        return value[: self.batch] if isinstance(value, torch.Tensor) else tuple(self._cut(item) for item in value)
-
-
-class OwnRows:
-    """A streamer that sees the first `batch` rows only."""
-
-    def __init__(self, streamer: Any, batch: int) -> None:
-        self.streamer, self.batch = streamer, batch
-
-    def put(self, value: Tensor) -> None:
-        self.streamer.put(value[: self.batch])
-
-    def end(self) -> None:
-        self.streamer.end()
-
-
-def only(scores: Float[Tensor, "row vocab"], tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
-    """Scores that leave nothing but one token per row to choose."""
-    return torch.full_like(scores, float("-inf")).scatter(1, tokens[:, None], 0.0)
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, at_least: int = 0) -> tuple[Tensor, Tensor]:
-    """Left-pads token ids; returns ids and attention mask, both `[row, pos]`."""
-    length = max(at_least, *(len(row) for row in rows))
-    ids = torch.tensor([[pad_token_id] * (length - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
+    def __call__(self, logits: Float[Tensor, "stream vocab"]) -> Float[Tensor, "batch vocab"]:
+        """Mixes raw logits, in float32."""
+        if self.nuclei is not None:
+            logits = torch.cat([keep_nucleus(logits[: self.batch], self.nuclei), logits[self.batch :]])
+        if self.powers is None or self.scales is None:
+            return geometric(logits, self.weights, self.owners, self.batch, self.floors)
+        # A weight below 0 belongs to a row under the other rule.
+        powers, weights = self.powers.where(self.powers != 0, 1.0), self.weights.clamp(min=0)
+        mean = arithmetic(logits, weights, self.owners, self.batch, powers, self.scales, self.floors)
+        if self.only_arithmetic:
+            return mean
+        mixed = geometric(logits, self.weights, self.owners, self.batch, self.floors)
+        return torch.where((self.powers != 0)[:, None], mean, mixed)

@@ -114,7 +114,7 @@ def test_one_forward_pass_per_token_however_many_streams(lm: steer.FrozenLM, str
     rows: list[int] = []
     lm.attachment.decoder.register_forward_hook(lambda module, args, output: rows.append(output[0].shape[0]))
     contexts = [f"context {i}" if i < streams else None for i in range(BATCH)]
-    with lm.steered(edits=[steer.StreamEdit(contexts, torch.ones(BATCH))]) as steering:
+    with lm.steered(edits=[steer.StreamEdit.contrast(contexts, torch.ones(BATCH))]) as steering:
         batch = steering.prepare(["prompt"] * BATCH)
         lm.model.generate(**batch, **steering.generate_kwargs(), max_new_tokens=5, pad_token_id=PAD)
     assert rows == [BATCH + streams] * 5

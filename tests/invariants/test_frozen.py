@@ -91,6 +91,8 @@ METHODS: dict[str, Callable[[], steer.Method]] = {
     "style_vector": lambda: steer.StyleVector(layer=[0, 1], neutral_tokens=4),
     "population": lambda: steer.StyleVector(layer=1, neutral="population"),
     "cos": lambda: steer.CoS(records=2),
+    "mod": lambda: steer.MOD([0.5, 0.5], "forward-kl"),
+    "knn_lm": lambda: steer.KNNLM(),
     "prefix_tuning": lambda: steer.PrefixTuning(length=2, steps=2),
     "user_llm": lambda: steer.UserLLM(layer=1, read_layer=1, heads=4, steps=2),
 }

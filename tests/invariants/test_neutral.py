@@ -59,7 +59,7 @@ NEUTRAL: dict[str, Callable[[], Edit]] = {
     "no prefixes": lambda: steer.PrefixEdit.from_rows([None] * 4, WIDTH),
     "no memories": lambda: steer.MemoryEdit.from_rows(steer.Site("resid_mid", 1), cross_attention(), [None] * 4),
     "shut gate": lambda: steer.MemoryEdit.from_rows(steer.Site("resid_mid", 1), cross_attention(0.0), [MEMORY] * 4),
-    "no contexts": lambda: steer.StreamEdit([None] * 4, torch.zeros(4)),
+    "no contexts": lambda: steer.StreamEdit.contrast([None] * 4, torch.zeros(4)),
 }
 
 
@@ -103,13 +103,13 @@ def test_rows_without_a_prefix_beside_prefixed_ones(lm: steer.FrozenLM) -> None:
 
 def test_lambda_0_is_plain_prompting_with_the_context(lm: steer.FrozenLM) -> None:
     rows = [replace(row, lam=0.0, context=row.context or "no one") for row in ROWS]
-    edit = steer.StreamEdit([row.context for row in rows], torch.zeros(4))
+    edit = steer.StreamEdit.contrast([row.context for row in rows], torch.zeros(4))
     assert_close(mixed(lm, edit, rows), plain(lm, [f"{row.context} {row.prompt}" for row in rows]))
 
 
 def test_lambda_minus_1_is_the_prompt_alone(lm: steer.FrozenLM) -> None:
     rows = [replace(row, lam=-1.0, context=row.context or "no one") for row in ROWS]
-    edit = steer.StreamEdit([row.context for row in rows], torch.full((4,), -1.0))
+    edit = steer.StreamEdit.contrast([row.context for row in rows], torch.full((4,), -1.0))
     assert_close(mixed(lm, edit, rows), plain(lm, [row.prompt for row in rows]))
 
 

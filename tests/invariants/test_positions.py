@@ -220,7 +220,7 @@ def test_what_never_took_part_is_reported(llama: steer.FrozenLM) -> None:
     steered = llama.steered(edits=[prefix], prompt_lengths=[3])
     with pytest.raises(steer.SteerError, match="the prefix never took part"), steered:
         llama.model(inputs_embeds=embeddings)
-    contrast = steer.StreamEdit([row.context], torch.ones(1))
+    contrast = steer.StreamEdit.contrast([row.context], torch.ones(1))
     with (
         pytest.raises(steer.SteerError, match="the contrasted streams never took part"),
         llama.steered(edits=[contrast]),

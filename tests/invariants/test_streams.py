@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 import steer
-from steer.inject import streams as streams_module
+from steer.inject import stream_rows
 
 PROMPTS = ["a prompt", "x", "another, longer one", "the last"]
 CONTEXTS: list[str | None] = ["I am a pirate.", "short", None, "I like long, long contexts, they say"]
 LAMS = torch.tensor([1.5, -2.0, 0.0, 0.5])
-EDIT = steer.StreamEdit(CONTEXTS, LAMS)
+EDIT = steer.StreamEdit.contrast(CONTEXTS, LAMS)
 STEPS = 6
 
 
@@ -56,7 +56,7 @@ def test_tokens_equal_classifier_free_guidance_of_scale_1_plus_lambda(lm: steer.
     """transformers' own guidance runs the model twice per token, with one scale for the batch: a row at a time."""
     if lm.model.config.model_type == "qwen2_5_vl":
         pytest.skip("transformers' own guidance fails on this model")
-    edit = steer.StreamEdit(CONTEXTS, torch.full((4,), lam))
+    edit = steer.StreamEdit.contrast(CONTEXTS, torch.full((4,), lam))
     output = generate(lm, edit)
     for row, (prompt, context) in enumerate(zip(PROMPTS, CONTEXTS, strict=True)):
         if context is None:
@@ -85,7 +85,10 @@ def test_every_row_is_contrasted_by_its_own_lambda(lm: steer.FrozenLM) -> None:
 
 
 def test_states_may_contrast_different_rows(llama: steer.FrozenLM) -> None:
-    parts = [steer.StreamEdit([c if i in own else None for i, c in enumerate(CONTEXTS)], LAMS) for own in ({0, 3}, {1})]
+    parts = [
+        steer.StreamEdit.contrast([c if i in own else None for i, c in enumerate(CONTEXTS)], LAMS)
+        for own in ({0, 3}, {1})
+    ]
     with llama.steered(edits=parts) as steering:
         batch = steering.prepare(PROMPTS)
         tokens = llama.model.generate(**batch, **steering.generate_kwargs(), max_new_tokens=STEPS)
@@ -145,7 +148,7 @@ def test_sampling_warps_the_mixture_once(lm: steer.FrozenLM, monkeypatch: pytest
             drawn.append(probabilities)
         return multinomial(probabilities, *args, **kwargs)
 
-    monkeypatch.setattr(streams_module.torch, "multinomial", spy)
+    monkeypatch.setattr(stream_rows.torch, "multinomial", spy)
     output = generate(lm, do_sample=True, temperature=2.0, top_p=0.8, top_k=0)
     assert len(drawn) == STEPS
     warp = LogitsProcessorList([TopPLogitsWarper(0.8)])
@@ -180,7 +183,7 @@ def test_return_sequences_of_contrasted_rows(lm: steer.FrozenLM) -> None:
     together = generate(lm, seeds=[1, 2, 3, 4], **settings).sequences.unflatten(0, (4, 3))
     assert len({tuple(row.tolist()) for row in together.flatten(0, 1)}) == 12
     for row in range(4):
-        one = steer.StreamEdit(CONTEXTS[row : row + 1], LAMS[row : row + 1])
+        one = steer.StreamEdit.contrast(CONTEXTS[row : row + 1], LAMS[row : row + 1])
         alone = generate(lm, one, PROMPTS[row : row + 1], seeds=[row + 1], **settings).sequences
         assert torch.equal(together[row], alone)
 
@@ -230,12 +233,12 @@ def test_what_cannot_be_contrasted_is_refused(llama: steer.FrozenLM) -> None:
     ):
         pass
     with pytest.raises(steer.SteerError, match="λ must be finite"):
-        steer.StreamEdit(["x"], torch.tensor([float("nan")]))
+        steer.StreamEdit.contrast(["x"], torch.tensor([float("nan")]))
     with pytest.raises(steer.SteerError, match="a context is empty"):
-        steer.StreamEdit([" "], torch.tensor([1.0]))
+        steer.StreamEdit.contrast([" "], torch.tensor([1.0]))
     with (
         pytest.raises(steer.SteerError, match="4 contexts and 2 λ"),
-        llama.steered(edits=[steer.StreamEdit(CONTEXTS, LAMS[:2])]),
+        llama.steered(edits=[steer.StreamEdit.contrast(CONTEXTS, LAMS[:2])]),
     ):
         pass
 

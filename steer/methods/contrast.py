@@ -1,0 +1,143 @@
+"""What the recipes of the contrast family share: contexts made of a user's texts, and states that become mixtures.
+
+A recipe is a paper's equation, its convention for coefficients, and its defaults. Rows, caches, other models and the
+arithmetic are the business of `StreamEdit`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
+
+from steer.errors import SteerError
+from steer.history import History, Record
+from steer.inject import Edit, Mixture, StreamEdit
+from steer.inject.streams import Touched
+from steer.method import Method
+from steer.state import Artifact, Provenance, UserState
+
+if TYPE_CHECKING:
+    from steer.model import FrozenLM
+
+
+@dataclass(kw_only=True)
+class Contrast(Method):
+    """A recipe: what the streams of a user's rows read, and how their logits are mixed.
+
+    Args:
+        records: how many of a user's newest records make up the context in `fit`.
+        steered: which streams of the steered model carry the row's other edits: "all" of them, the row's "own", or the
+            "further" ones.
+    """
+
+    # Makes a state by hand, of a context or of several texts.
+    state: ClassVar[Callable[..., UserState]]
+    # The mixture of a row, from the hyper-parameters and from what its state has in `data`, by name.
+    mixture: ClassVar[Callable[..., Mixture]]
+
+    records: int = 4
+    steered: Touched = "all"
+
+    def __post_init__(self) -> None:
+        if self.records < 1:
+            raise SteerError(f"records={self.records}: a context needs one at least")
+        if self.steered not in get_args(Touched):
+            raise SteerError(f"steered={self.steered!r} is not one of {', '.join(get_args(Touched))}")
+
+    def fit(self, lm: FrozenLM, history: History) -> UserState:
+        """The user's newest records, as they are, become the context.
+
+        Raises:
+            SteerError: the history is empty.
+        """
+        newest = newest_records(history, self.records)
+        return from_records(self.state(context_of(newest)), newest)
+
+    @classmethod
+    def bind(
+        cls, lm: FrozenLM, states: Sequence[UserState | None], like: UserState, artifact: Artifact | None
+    ) -> list[Edit]:
+        """One stream edit."""
+        rows = [None if state is None else {**state.provenance.settings, **state.data} for state in states]
+        return [StreamEdit([None if row is None else cls.mixture(**row) for row in rows])]
+
+    def _made(self, data: Mapping[str, Any]) -> UserState:
+        """A state of this data and of the hyper-parameters."""
+        settings = {
+            field.name: _as_json(getattr(self, field.name)) for field in fields(self) if field.name != "records"
+        }
+        return UserState(Provenance(method=self.name, version=self.version, settings=settings), data=data)
+
+
+def newest_records(history: History, count: int) -> tuple[Record, ...]:
+    """The newest of a user's records, oldest first. Raises SteerError if there is none."""
+    newest = history.split(limit=count)[0].records
+    if not newest:
+        raise SteerError(f"{history.user_id!r} has no records to make a context of")
+    return newest
+
+
+def context_of(records: Sequence[Record]) -> str:
+    """What somebody wrote, as a context to put in front of a prompt."""
+    return texts_of([record.response for record in records])
+
+
+def texts_of(texts: Sequence[str]) -> str:
+    """The same of bare texts."""
+    return "Texts that I wrote:\n\n" + "\n\n".join(texts) + "\n\n"
+
+
+def from_records(state: UserState, records: Sequence[Record]) -> UserState:
+    """A state that says which records it was made of."""
+    return replace(state, provenance=replace(state.provenance, records=tuple(record.id for record in records)))
+
+
+def require_text(text: str, what: str = "context") -> str:
+    """The text. Raises SteerError if there is nothing in it."""
+    if not text.strip():
+        raise SteerError(f"a {what} is empty; a user without one needs no state")
+    return text
+
+
+def given(**texts: str | None) -> dict[str, str]:
+    """Those of the texts that are not None. Raises SteerError, naming it, if there is nothing in one."""
+    return {name: require_text(text, name) for name, text in texts.items() if text is not None}
+
+
+def require_finite(**values: float) -> None:
+    """Raises SteerError, naming it, for a value that is not finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise SteerError(f"{name} must be finite, got {value}")
+
+
+def require_positive(**values: float) -> None:
+    """Raises SteerError, naming it, for a value that is not finite and above 0."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise SteerError(f"{name} must be above 0, got {value}")
+
+
+def require_not_negative(**values: float) -> None:
+    """Raises SteerError, naming it, for a value that is not finite or below 0."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise SteerError(f"{name} must not be negative, got {value}")
+
+
+def one_each(name: str, values: float | Sequence[float], texts: Sequence[object]) -> list[float]:
+    """A coefficient for each of the texts; one number is for all of them."""
+    if isinstance(values, int | float):
+        return [float(values)] * len(texts)
+    if len(values) != len(texts):
+        raise SteerError(f"{len(values)} {name} for {len(texts)} contexts; give one for each, or one number for all")
+    return [float(value) for value in values]
+
+
+def _as_json(value: Any) -> Any:
+    """The value as it reads back from a bank."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value

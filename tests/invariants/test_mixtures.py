@@ -1,0 +1,286 @@
+"""Mixtures of any streams: other contexts, other models, both rules, and common beginnings that are read once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from models import PAD, VOCABULARY, tiny, tokenizer, unwrapped
+from rows import assert_close, cross_attention, edits_of, random_row
+from torch import Tensor
+from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
+
+import steer
+from steer import decoding
+from steer.inject import Mixture, Stream
+
+PROMPTS = ["a prompt", "x", "another, longer one", "the last"]
+STEPS = 5
+# A row that is its own, contexts with and without a prompt alone, other models, and both rules.
+MIXTURES: list[Mixture | None] = [
+    Mixture((Stream(0.5, "I am a pirate."), Stream(1.5), Stream(-1.0, "short"))),
+    None,
+    Mixture((Stream(1.0), Stream(0.8, model="expert"), Stream(-0.8, "short", model="antiexpert"))),
+    Mixture((Stream(0.3, "I like long contexts"), Stream(0.7)), power=-1.0, scale=-1.0),
+]
+
+
+@pytest.fixture
+def models() -> Iterator[dict[str, steer.FrozenLM]]:
+    """Two other models with the same tokens; the one is of another architecture, the other's table is narrower."""
+    expert = tiny("gpt2", seed=5)
+    antiexpert = tiny("bloom", seed=6)
+    antiexpert.resize_token_embeddings(VOCABULARY - 1)
+    with steer.wrap(expert, tokenizer()) as one, steer.wrap(antiexpert, tokenizer()) as other:
+        yield {"expert": one, "antiexpert": other}
+
+
+def generate(
+    lm: steer.FrozenLM,
+    models: dict[str, steer.FrozenLM],
+    mixtures: list[Mixture | None] = MIXTURES,
+    prompts: list[str] = PROMPTS,
+    **kwargs: Any,
+) -> Any:
+    settings = {"max_new_tokens": STEPS, "do_sample": False} | kwargs
+    seeds = settings.pop("seeds", None)
+    with lm.steered(edits=[steer.StreamEdit(mixtures)], models=models) as steering:
+        batch = steering.prepare(prompts)
+        output = lm.model.generate(
+            **batch,
+            **steering.generate_kwargs(seeds=seeds),
+            return_dict_in_generate=True,
+            output_scores=True,
+            **settings,
+        )
+    output.sequences = output.sequences[:, batch["input_ids"].shape[1] :]
+    return output
+
+
+def logits_of(lm: steer.FrozenLM, text: str, tokens: Tensor) -> Tensor:
+    """Of each of the tokens behind a text, from one forward pass; −inf for tokens that the model has not."""
+    ids = torch.cat([torch.tensor(lm.tokenizer(text).input_ids), tokens])
+    with torch.no_grad():
+        logits = lm.model(ids[None, :-1]).logits[0, -len(tokens) :].double()
+    return torch.nn.functional.pad(logits, (0, VOCABULARY - logits.shape[1]), value=float("-inf"))
+
+
+def by_hand(
+    lm: steer.FrozenLM, models: dict[str, steer.FrozenLM], mixture: Mixture | None, prompt: str, tokens: Tensor
+) -> Tensor:
+    """The mixture in float64, stream by stream."""
+    mixture = mixture or Mixture((Stream(1.0),))
+    logits = [
+        logits_of(
+            lm if s.model is None else models[s.model], prompt if s.context is None else f"{s.context} {prompt}", tokens
+        )
+        for s in mixture.streams
+    ]
+    weights = [stream.weight for stream in mixture.streams]
+    if mixture.power:
+        powers = torch.stack([w * each.softmax(-1) ** mixture.power for w, each in zip(weights, logits, strict=True)])
+        return mixture.scale * powers.sum(0).log()
+    # What a stream has not counts there as in the row itself.
+    logits = [torch.where(each.isneginf(), logits[0], each) for each in logits]
+    return sum(w * each for w, each in zip(weights, logits, strict=True))  # type: ignore[return-value]
+
+
+def test_scores_are_the_mixtures(lm: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
+    output = generate(lm, models)
+    scores = torch.stack(output.scores, 1)
+    for row, (mixture, prompt) in enumerate(zip(MIXTURES, PROMPTS, strict=True)):
+        expected = by_hand(lm, models, mixture, prompt, output.sequences[row])
+        assert_close(scores[row].double(), expected)
+
+
+def test_rows_alone_and_their_copies_give_the_same(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
+    settings: dict[str, Any] = {"do_sample": True, "temperature": 5.0, "num_return_sequences": 3}
+    together = generate(llama, models, seeds=[1, 2, 3, 4], **settings).sequences.unflatten(0, (4, 3))
+    assert len({tuple(row.tolist()) for row in together.flatten(0, 1)}) == 12
+    for row in range(4):
+        alone = generate(
+            llama, models, MIXTURES[row : row + 1], PROMPTS[row : row + 1], seeds=[row + 1], **settings
+        ).sequences
+        assert torch.equal(together[row], alone)
+
+
+def test_every_model_makes_one_pass_a_token(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
+    passes: dict[str, list[tuple[int, ...]]] = {"own": [], "expert": [], "antiexpert": []}
+    handles = [
+        unwrapped(lm.model).register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: passes[name].append(tuple(kwargs["input_ids"].shape)),
+            with_kwargs=True,
+        )
+        for name, lm in {"own": llama, **models}.items()
+    ]
+    generate(llama, models)
+    for handle in handles:
+        handle.remove()
+    # Only the rows that a stream belongs to.
+    assert [len(each) for each in passes.values()] == [STEPS] * 3
+    assert [each[1:] for each in passes.values()] == [[(7, 1)] * 4, [(1, 1)] * 4, [(1, 1)] * 4]
+
+
+def test_static_caches_and_compiled_steps(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
+    config = CompileConfig(backend="aot_eager", fullgraph=True)
+    config._compile_all_devices = True  # type: ignore[assignment]
+    # transformers cannot compile Bloom.
+    models = models | {"antiexpert": models["expert"]}
+    compiled = generate(llama, models, cache_implementation="static", compile_config=config, max_cache_len=64)
+    eager = generate(llama, models)
+    assert torch.equal(compiled.sequences, eager.sequences)
+    assert_close(torch.stack(compiled.scores), torch.stack(eager.scores))
+    torch._dynamo.reset()
+
+
+def test_a_token_far_less_likely_than_the_rows_likeliest_is_ruled_out(llama: steer.FrozenLM) -> None:
+    contrast = Mixture((Stream(1.0), Stream(-1.0, "some context")))
+    output = generate(llama, {}, [replace(contrast, floor=0.1), contrast, replace(contrast, nucleus=0.5), None])
+    for row, keeps in enumerate([True, False, True, False]):
+        own = logits_of(llama, PROMPTS[row], output.sequences[row]).softmax(-1)
+        kept = ~torch.stack(output.scores, 1)[row].isneginf()
+        if not keeps:
+            assert kept.all()
+        elif row == 0:
+            assert torch.equal(kept, own >= 0.1 * own.amax(-1, keepdim=True))
+        else:
+            # The fewest tokens with half of the probability.
+            ordered = own.sort(-1, descending=True).values
+            counts = (ordered.cumsum(-1) < 0.5).sum(-1) + 1
+            assert torch.equal(kept.sum(-1), counts)
+            assert torch.equal(own.where(kept, 0.0).sum(-1) >= 0.5, torch.ones(STEPS, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("steered", ["own", "further"])
+def test_edits_may_touch_some_of_the_streams(lm: steer.FrozenLM, steered: Any) -> None:
+    """Vectors, marks, a prefix, a memory and a condition steer the row itself or what it is contrasted with."""
+    rows, layer = [random_row(seed, share=1.0) for seed in (1, 2)], cross_attention()
+    edits = edits_of(rows, layer)[:-1]
+    prompts = [row.prompt for row in rows]
+    contexts = [row.context or "" for row in rows]
+    settings: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+    settings |= {"output_scores": True, "output_logits": True}
+
+    def scores(edits: list[Any], texts: list[str], *, raw: bool = True) -> Tensor:
+        with lm.steered(edits=edits) as steering:
+            output = lm.model.generate(**steering.prepare(texts), **steering.generate_kwargs(), **settings)
+        return output.logits[0] if raw else output.scores[0]
+
+    # What a condition decides from is the row's own prompt, whatever it is that carries the edit.
+    if steered == "further":
+        edits = [edit for edit in edits if getattr(edit, "condition", None) is None]
+    with_context = [f"{context} {prompt}" for context, prompt in zip(contexts, prompts, strict=True)]
+    none = steer.StreamEdit([None, None])
+    own = scores([*edits, none] if steered == "own" else [none], with_context)
+    further = scores([none] if steered == "own" else [*edits, none], prompts)
+    mixtures = [Mixture((Stream(2.0, c), Stream(-1.0)), steered=steered) for c in contexts]
+    mixed = scores([*edits, steer.StreamEdit(mixtures)], prompts, raw=False)
+    assert_close(mixed, 2 * own - further)
+
+
+def test_what_streams_have_in_common_is_read_once(
+    lm: steer.FrozenLM, models: dict[str, steer.FrozenLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens with a common beginning read by every row, and read once and copied."""
+    common = "what these streams have in common is a context of some length: "
+    mixtures: list[Mixture | None] = [
+        Mixture((Stream(1.5, f"{common} this"), Stream(-0.5, f"{common} or that"))),
+        None,
+        Mixture((Stream(1.0, common), Stream(0.5, model="expert"))),
+        Mixture((Stream(1.0, "a"), Stream(-0.5, "another"))),
+    ]
+    edit = steer.ResidualEdit(steer.Site("resid_post", 1), 0.1 * torch.randn(4, lm.width), positions="prompt")
+    read: list[int] = []
+    handle = lm.attachment.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(next(iter([*args, kwargs.get("input_ids")])).numel()), with_kwargs=True
+    )
+
+    def run(spared: int) -> tuple[Any, int]:
+        read.clear()
+        monkeypatch.setattr(decoding, "_SPARED_TOKENS", spared)
+        with lm.steered(edits=[edit, steer.StreamEdit(mixtures)], models=models) as steering:
+            batch = steering.prepare(PROMPTS)
+            output = lm.model.generate(
+                **batch,
+                **steering.generate_kwargs(seeds=[1, 2, 3, 4]),
+                do_sample=True,
+                num_return_sequences=2,
+                max_new_tokens=STEPS,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        assert torch.equal(
+            output.sequences[:, : batch["input_ids"].shape[1]], batch["input_ids"].repeat_interleave(2, 0)
+        )
+        return output, sum(read)
+
+    (apart, all_tokens), (together, fewer) = run(10**9), run(0)
+    handle.remove()
+    assert torch.equal(apart.sequences, together.sequences)
+    for one, other in zip(apart.logits, together.logits, strict=True):
+        assert_close(one, other)
+    # A window sees padding between the common part and the rest.
+    assert fewer < 0.7 * all_tokens if lm.sliding_window is None else fewer == all_tokens
+
+
+class Watch(StoppingCriteria):
+    """Keeps what it is shown, and stops a row after its second token."""
+
+    def __init__(self) -> None:
+        self.shown: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.shown.append(input_ids.clone())
+        done = torch.zeros(len(input_ids), dtype=torch.bool)
+        done[2] = len(self.shown) >= 2
+        return done
+
+
+def test_stopping_criteria_see_the_rows_of_the_batch(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
+    watch, free = Watch(), generate(llama, models).sequences
+    # Padding takes the place of what comes after the end, where there is a token for the end.
+    end = next(token for token in range(VOCABULARY) if token not in free)
+    criteria = StoppingCriteriaList([watch])
+    output = generate(llama, models, stopping_criteria=criteria, eos_token_id=end, pad_token_id=PAD)
+    plain = llama.tokenizer(["I am a pirate. a prompt", "x"], padding=True, padding_side="left", return_tensors="pt")
+    for step, shown in enumerate(watch.shown):
+        assert len(shown) == 4
+        assert shown[0, : -step - 1].tolist()[-plain.input_ids.shape[1] :] == plain.input_ids[0].tolist()
+    assert output.sequences[2].tolist() == [*free[2, :2].tolist(), *[PAD] * 3]
+    assert torch.equal(output.sequences[[0, 1, 3]], free[[0, 1, 3]])
+
+
+def test_what_cannot_be_mixed_is_refused(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
+    with pytest.raises(steer.SteerError, match="needs the model 'antiexpert'"):
+        generate(llama, {"expert": models["expert"]})
+    with pytest.raises(steer.SteerError, match="is the steered one itself"):
+        generate(llama, models | {"expert": llama})
+    other = copy.deepcopy(tokenizer())
+    other.add_tokens(["<new>"])
+    with (
+        steer.wrap(tiny("llama", seed=3), other) as stranger,
+        pytest.raises(steer.SteerError, match="'expert' has another vocabulary"),
+    ):
+        generate(llama, models | {"expert": stranger})
+    llama.model.config.max_position_embeddings = 16
+    with pytest.raises(steer.SteerError, match="row 0: with its context the prompt has 23 tokens"):
+        generate(llama, models)
+    for bad, message in [
+        ({"streams": ()}, "needs a stream"),
+        ({"streams": (Stream(1.0, model="expert"),)}, "cannot be another model's"),
+        ({"streams": (Stream(1.0), Stream(-1.0)), "power": 1.0}, "must not be negative"),
+        ({"streams": (Stream(1.0),), "floor": 1.5}, "not a share"),
+        ({"streams": (Stream(1.0),), "nucleus": 0.0}, "not a probability"),
+        ({"streams": (Stream(1.0),), "steered": "none"}, "not one of all, own, further"),
+        ({"streams": (Stream(1.0),), "scale": float("inf")}, "must be finite"),
+    ]:
+        with pytest.raises(steer.SteerError, match=message):
+            Mixture(**bad)
+    with pytest.raises(steer.SteerError, match="must be finite"):
+        Stream(float("nan"))
+    with pytest.raises(steer.SteerError, match="a system is empty"):
+        Stream(1.0, system=" ")
