@@ -63,7 +63,7 @@ class Branches(Steering):
         targets = torch.tensor([list(span.ids[start : span.end])], device=self.lm.device)
         size = max(batch_tokens // ids.shape[1], 1)
         losses = []
-        for rows in self._owners.split(size):
+        for rows in self.owners.split(size):
             lengths = torch.full_like(rows, start)
             with self.rows_loaded(Rows(rows, lengths)):
                 logits = self._forward(ids, prompt, len(rows))[:, start - 1 - first :].float().transpose(1, 2)
@@ -92,7 +92,7 @@ class Branches(Steering):
             return None
         cache = DynamicCache(config=self.lm.model.config)
         # One row, and none of its positions edited.
-        with self.rows_loaded(Rows(self._owners[:1], self._owners.new_full((1,), len(ids) + 1))):
+        with self.rows_loaded(Rows(self.owners[:1], self.owners.new_full((1,), len(ids) + 1))):
             self.lm.attachment.decoder(
                 input_ids=torch.tensor([list(ids)], device=self.lm.device), past_key_values=cache, use_cache=True
             )

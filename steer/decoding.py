@@ -50,6 +50,7 @@ class Bound(Protocol):
 
     lm: FrozenLM
     plan: Plan
+    owners: Int[Tensor, " batch"]
     prepared: Prepared | None
     has_prefix: bool
     mixed: bool
@@ -89,7 +90,8 @@ class Decoding:
             row_seeds = [seed + 1_000_003 * copy for seed in self.seeds for copy in range(copies)]
             steps = config.max_length - input_ids.shape[1]
             processor = SeededRows(processor, row_seeds, steps, input_ids.shape[1])
-        owners = torch.arange(self.plan.batch, device=self.lm.device).repeat_interleave(copies)
+        # The same tensor tells that nothing need be gathered anew.
+        owners = self.bound.owners if copies == 1 else self.bound.owners.repeat_interleave(copies)
         rows, streams = Rows(owners, _prompt_lengths(input_ids, kwargs)), None
         if self.plan.mixes:
             streams = self._streams(owners, input_ids, config)
@@ -214,10 +216,9 @@ class Decoding:
         arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
         if self.lm.attachment.architecture.takes_position_ids:
             arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        groups = torch.arange(self.plan.batch, device=device)
         # Of each group's first row; a head ends before the last token of any.
         lengths = streams.attention_mask.sum(1)[: streams.batch : streams.batch // self.plan.batch]
-        with self.bound.rows_loaded(Rows(groups, lengths)):
+        with self.bound.rows_loaded(Rows(self.bound.owners, lengths)):
             self.lm.attachment.decoder(input_ids=heads.input_ids.to(device), **arguments)
         cache.batch_select_indices(heads.groups.to(device))
 

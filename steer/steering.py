@@ -65,6 +65,7 @@ class Steering:
 
     Attributes:
         plan: what is bound.
+        owners: the batch's rows, each of which belongs to itself.
         prepared: the batch as `prepare` tokenized it.
         has_prefix: whether some row has a prefix.
         mixed: whether the plan's streams have taken part in a generation; True where there are none.
@@ -78,7 +79,7 @@ class Steering:
         self._ran = False
         self._rows: Rows | None = None
         self._decided: tuple[Decision, ...] | None = None
-        self._owners = torch.arange(plan.batch, device=lm.device)
+        self.owners = torch.arange(plan.batch, device=lm.device)
         # Autograd keeps what a step computed until its backward pass, so training does not reuse buffers.
         self._pool = Operators(lm.operators.overwriting.start) if plan.trains else lm.operators
         self.mixed = not plan.mixes
@@ -226,7 +227,7 @@ class Steering:
 
     def _plain_rows(self) -> Rows:
         lengths = self._given_lengths
-        return Rows(self._owners, None if lengths is None else torch.as_tensor(lengths, device=self.lm.device))
+        return Rows(self.owners, None if lengths is None else torch.as_tensor(lengths, device=self.lm.device))
 
     def _report_idle(self) -> None:
         idle = [f"the {op.what} at {edits[0].site}" for op, edits in self._editing.values() if not op.fired]

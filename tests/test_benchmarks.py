@@ -159,6 +159,7 @@ def test_new_processes_measure_themselves(bank: Any, tmp_path: Path) -> None:
     assert found.keys() == {
         "ms to open",
         "ms to open and gather",
+        "ms to gather",
         "anonymous MiB",
         "anonymous MiB, peak",
         "mapped MiB",
