@@ -1,0 +1,6 @@
+def tables(done):
+    return ""
+
+
+def figures(done):
+    return {}
