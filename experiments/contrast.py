@@ -206,7 +206,8 @@ def option_log_probs(
         mask = torch.cat([mask.repeat_interleave(len(options), 0), torch.ones_like(tails)], 1)
         logits = torch.cat([logits, run(tails, mask, longest - 1, past_key_values=prompt.past_key_values).logits], 1)
     for own, option in zip(logits.unflatten(0, (len(prompts), -1)).unbind(1), options, strict=True):
-        yield own[:, : len(option)].float().log_softmax(-1)
+        part = own[:, : len(option)]
+        yield part.to(torch.promote_types(part.dtype, torch.float32)).log_softmax(-1)
 
 
 def score_options(
@@ -294,7 +295,7 @@ def prefeval(lm: steer.FrozenLM, cache: Cache, questions: Sequence[Question]) ->
     rows = {topic: np.array([i for i, other in enumerate(topics) if other == topic]) for topic in dict.fromkeys(topics)}
     return {
         "questions": len(questions),
-        "tokens": {"conforming": tokens[:, 0].mean(), "others": tokens[:, 1:].mean()},
+        "tokens": {"conforming": float(tokens[:, 0].mean()), "others": float(tokens[:, 1:].mean())},
         "curves": {arm: {name: curve(values, topics) for name, values in table.items()} for arm, table in arms.items()},
         "best": best(own["accuracy"]),
         "by topic": {
@@ -320,7 +321,7 @@ def best(values: Float[np.ndarray, "item lam"]) -> dict[str, Any]:
         first -= 1
     while last + 1 < len(apart) and not apart[last + 1]:
         last += 1
-    return {"lam": LAMS[at], "mean": values[:, at].mean(), "range": [LAMS[first], LAMS[last]]}
+    return {"lam": LAMS[at], "mean": float(values[:, at].mean()), "range": [LAMS[first], LAMS[last]]}
 
 
 # Personas: Yes or No?
@@ -595,12 +596,14 @@ def quality(found: Estimates, true: Float[np.ndarray, " text"]) -> dict[str, Any
     """
     return {
         "all": _quality(found, true, np.full(len(true), True)),
-        "by lam": [_quality(found, true, true == lam) for lam in TRUE_LAMS],
+        "by lam": [_quality(found, true, true == lam) for lam in np.unique(true)],
     }
 
 
 def _quality(found: Estimates, true: Float[np.ndarray, " text"], chosen: np.ndarray) -> dict[str, Any]:
     told = chosen & np.isfinite(found.lam)
+    if not told.any():
+        raise SteerError("the contexts change nothing in any of the texts, so that they say nothing of λ")
     error = (found.lam - true)[told]
     weights = resampled(range(len(error)))
     squares = interval(error**2, weights)
