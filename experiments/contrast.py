@@ -301,7 +301,7 @@ def prefeval(lm: steer.FrozenLM, cache: Cache, questions: Sequence[Question]) ->
         "by topic": {
             topic: {
                 "questions": len(index),
-                **{name: interval(own[name][index], resampled(index)) for name in ("accuracy", "margin")},
+                **{name: interval(own[name][index], resampled(index.tolist())) for name in ("accuracy", "margin")},
             }
             for topic, index in rows.items()
         },
@@ -496,7 +496,7 @@ def sample(lm: steer.FrozenLM, people: Sequence[str], lams: Sequence[float], tok
     A text ends where its end-of-text token was drawn, which then belongs to it: that it was drawn says something of λ,
     and forbidding it would be sampling from another distribution. Texts of the full length have none.
     """
-    ends = lm.model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = lm.model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     if len(ends) != 1:
         raise SteerError(f"the model ends texts with any of {ends}, and which one it was is not told")
