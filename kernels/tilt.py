@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-# Numbers that are worked on at once: they stay in the cache of a core, while λ after λ passes over them.
+# Numbers that a CPU works on at once: they stay in the cache of a core, while λ after λ passes over them.
 _BLOCK = 1 << 18
 
 
@@ -78,5 +78,5 @@ def naive_tilted_moments(
 
 
 def _blocks(table: Float[Tensor, "token vocab"]) -> Iterator[slice]:
-    size = max(_BLOCK // table.shape[1], 1)
+    size = max(_BLOCK // table.shape[1], 1) if table.device.type == "cpu" else max(len(table), 1)
     return (slice(start, start + size) for start in range(0, len(table), size))

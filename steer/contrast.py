@@ -8,6 +8,7 @@ is the tilt of the distribution with context by λ (METHODS §1.4).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -53,11 +54,11 @@ class Text:
         """Tokens of the longest stream."""
         return max(map(len, self.streams)) + len(self.response)
 
-    def parts(self, batch_tokens: int) -> Iterator[Text]:
-        """The text with some of its contexts at a time, as many as one forward pass may have."""
+    def parts(self, batch_tokens: int) -> Iterator[tuple[int, Text]]:
+        """The text with some of its contexts at a time, as many as one forward pass may have, and where these start."""
         size = max(batch_tokens // self.longest - (self.without is not None), 1)
         for start in range(0, len(self.prompts), size):
-            yield replace(self, prompts=self.prompts[start : start + size])
+            yield start, replace(self, prompts=self.prompts[start : start + size])
 
 
 def text_of(
@@ -120,7 +121,6 @@ def log_probs(
     texts: Sequence[Text],
     *,
     batch_tokens: int = 2048,
-    on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Float[Tensor, "stream token vocab"]]]:
     """Log-probabilities of every token at the places of the responses' tokens, in nats, one text after the other.
 
@@ -132,12 +132,10 @@ def log_probs(
         texts: in what order they come is not theirs.
         batch_tokens: tokens, over all streams and with padding, that one forward pass may have; a text of more than
             these is a batch by itself.
-        on_progress: told the number of texts done.
 
     Yields:
         The index of a text, and its streams in the order of `Text.streams`.
     """
-    done = 0
     for batch in by_length({i: len(text.streams) * text.longest for i, text in enumerate(texts)}, batch_tokens):
         rows = [[*prompt, *texts[i].response[:-1]] for i in batch for prompt in texts[i].streams]
         longest = max(len(texts[i].response) for i in batch)
@@ -148,9 +146,37 @@ def log_probs(
             own = logits[first : first + len(texts[i].streams), -len(texts[i].response) :]
             first += len(own)
             yield i, own.to(torch.promote_types(own.dtype, torch.float32)).log_softmax(-1)
-            done += 1
-            if on_progress is not None:
-                on_progress(done)
+
+
+def pairs(
+    lm: FrozenLM,
+    texts: Sequence[Text],
+    *,
+    batch_tokens: int = 2048,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, int, Float[Tensor, "token vocab"], Float[Tensor, "token vocab"]]]:
+    """The same for one context at a time, however many a text has: memory does not grow with their number.
+
+    Args:
+        lm: the model; it must not be steered meanwhile.
+        texts: in what order they come is not theirs.
+        batch_tokens: as for `log_probs`. Where a text's contexts take several forward passes, each of these has the
+            stream without a context again.
+        on_progress: told the number of texts done.
+
+    Yields:
+        The indices of a text and of one of its contexts; log-probabilities with the context, and without. The latter
+        are the former's where the text has no such stream.
+    """
+    parts = [(i, start, part) for i, text in enumerate(texts) for start, part in text.parts(batch_tokens)]
+    left = Counter(i for i, _, _ in parts)
+    for p, streams in log_probs(lm, [part for _, _, part in parts], batch_tokens=batch_tokens):
+        i, start, part = parts[p]
+        for k in range(len(part.prompts)):
+            yield i, start + k, streams[k], streams[k if part.without is None else -1]
+        left[i] -= 1
+        if on_progress is not None and not left[i]:
+            on_progress(sum(not count for count in left.values()))
 
 
 def influence_of(
@@ -181,7 +207,7 @@ def log_likelihoods(
         texts: of one context each.
         lams: λ, in CoS' convention: −1 is no context, 0 the context as plain text.
         temperature: at which a text that is sampled would be.
-        batch_tokens, on_progress: as for `log_probs`.
+        batch_tokens, on_progress: as for `pairs`.
 
     Raises:
         SteerError: λ is not finite, or the temperature not above 0.
@@ -192,17 +218,16 @@ def log_likelihoods(
     grid = finite(lams)
     require_temperature(temperature)
     out = torch.empty(len(texts), len(grid), dtype=torch.float64)
-    for i, streams in log_probs(lm, texts, batch_tokens=batch_tokens, on_progress=on_progress):
-        scores, change = tilt_of(streams, temperature)
+    for i, _, with_context, without in pairs(lm, texts, batch_tokens=batch_tokens, on_progress=on_progress):
+        scores, change = tilt_of(with_context, without, temperature)
         out[i] = tilted_log_probs(scores, change, chosen_of(texts[i], scores), grid).double().sum(1).cpu()
     return out, torch.tensor([len(text.response) for text in texts])
 
 
 def tilt_of(
-    streams: Float[Tensor, "2 token vocab"], temperature: float = 1.0
+    with_context: Float[Tensor, "token vocab"], without: Float[Tensor, "token vocab"], temperature: float = 1.0
 ) -> tuple[Float[Tensor, "token vocab"], Float[Tensor, "token vocab"]]:
     """What is tilted, and by what: the log-probabilities with context and F, both over the temperature."""
-    with_context, without = streams
     return with_context / temperature, influence_of(with_context, without).div_(temperature)
 
 

@@ -31,7 +31,7 @@ from steer.contrast import (
     Text,
     chosen_of,
     finite,
-    log_probs,
+    pairs,
     require_temperature,
     text_of,
     tilt_of,
@@ -133,7 +133,7 @@ def infer_lambda(
     responses: Sequence[Response],
     contexts: Sequence[str],
     *,
-    opposites: Sequence[str] | None = None,
+    opposites: Sequence[str | None] | None = None,
     grid: Sequence[float] = GRID,
     prior: Sequence[float] | None = None,
     level: float = 0.95,
@@ -152,8 +152,8 @@ def infer_lambda(
         prompts: one a text, as for `FrozenLM.encode`.
         responses: the texts, or their token ids. No end-of-text token is appended to a text.
         contexts: one a text.
-        opposites: contexts that `contexts` are compared with, in place of none: a pair isolates an attribute from its
-            topic.
+        opposites: contexts that `contexts` are compared with, in place of none (None: none): a pair isolates an
+            attribute from its topic.
         grid: λ, in rising order. Its ends are also those between which the maximum is sought.
         prior: weight of each λ of the grid, in the posterior only; equal if None.
         level: of the interval.
@@ -175,20 +175,19 @@ def infer_lambda(
     require_temperature(temperature)
     if not 0 < level < 1:
         raise SteerError(f"level={level} is not between 0 and 1")
-    negatives = [None] * len(prompts) if opposites is None else opposites
+    negatives: Sequence[str | None] = [None] * len(prompts) if opposites is None else opposites
     texts = [
         text_of(lm, prompt, response, [context], opposite=negative, chat=chat)
         for prompt, response, context, negative in zip(prompts, responses, contexts, negatives, strict=True)
     ]
     found = torch.empty(len(texts), len(lams), dtype=torch.float64)
     lam, slope, information = torch.empty(3, len(texts), dtype=torch.float64)
-    for i, streams in log_probs(lm, texts, batch_tokens=batch_tokens, on_progress=on_progress):
-        scores, change = tilt_of(streams, temperature)
+    for i, _, with_context, without in pairs(lm, texts, batch_tokens=batch_tokens, on_progress=on_progress):
+        scores, change = tilt_of(with_context, without, temperature)
         chosen = chosen_of(texts[i], scores)
         found[i] = tilted_log_probs(scores, change, chosen, lams).double().sum(1).cpu()
-        lam[i], slope[i], information[i] = _maximum(
-            _derivatives(scores, change, chosen), *lams[[0, -1]].tolist(), start=lams[found[i].argmax()].item()
-        )
+        derivatives, start = _derivatives(scores, change, chosen), lams[found[i].argmax()].item()
+        lam[i], slope[i], information[i] = _maximum(derivatives, lams[0].item(), lams[-1].item(), start)
     return _posterior(lams, weights, found, lam, slope, information, texts, level, _noise(lm) / temperature)
 
 
@@ -239,25 +238,12 @@ def infer_context(
         text_of(lm, prompt, response, list(named.values()), opposite=opposite, chat=chat)
         for prompt, response in zip(prompts, responses, strict=True)
     ]
-    owners, first, parts = [], [], []
-    for i, text in enumerate(texts):
-        start = 0
-        # At λ = 0 nothing is contrasted.
-        for part in (text if lam else replace(text, without=None)).parts(batch_tokens):
-            owners.append(i)
-            first.append(start)
-            parts.append(part)
-            start += len(part.prompts)
+    # At λ = 0 nothing is contrasted.
+    streams = texts if lam else [replace(text, without=None) for text in texts]
     found = torch.empty(len(texts), len(named), dtype=torch.float64)
-    left = [owners.count(i) for i in range(len(texts))]
-    for p, streams in log_probs(lm, parts, batch_tokens=batch_tokens):
-        for k in range(len(parts[p].prompts)):
-            scores, change = tilt_of(streams[[k, -1]], temperature)
-            value = tilted_log_probs(scores, change, chosen_of(parts[p], scores), lams)
-            found[owners[p], first[p] + k] = value.double().sum().cpu()
-        left[owners[p]] -= 1
-        if on_progress is not None and not left[owners[p]]:
-            on_progress(left.count(0))
+    for i, k, with_context, without in pairs(lm, streams, batch_tokens=batch_tokens, on_progress=on_progress):
+        scores, change = tilt_of(with_context, without, temperature)
+        found[i, k] = tilted_log_probs(scores, change, chosen_of(texts[i], scores), lams).double().sum().cpu()
     posterior = (found + weights.log()).softmax(1)
     return ContextPosterior(tuple(named), found, posterior, torch.tensor([len(t.response) for t in texts]), lam)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,13 @@ from models import EOS, tiny, tokenizer
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from scipy.stats import norm
+from typer.testing import CliRunner
 
 import steer
+from steer.cli.app import app
 from steer.contrast import log_likelihoods, log_probs, text_of
 from steer.inverse import LambdaPosterior, infer_context, infer_lambda
+from steer.view import posterior_figure
 
 PROMPTS = ["greet me", "what of the weather?", "hm"]
 CONTEXTS = ["I shout.", "I am a sailor, and old.", "no."]
@@ -348,3 +353,96 @@ def test_bad_candidates_are_told_before_anything_runs(llama: steer.FrozenLM, mon
 def test_a_model_without_a_tokenizer_reads_no_texts() -> None:
     with steer.wrap(tiny("llama")) as lm, pytest.raises(steer.SteerError, match="without a tokenizer"):
         infer_lambda(lm, ["greet me"], ["HELLO"], ["I shout."])
+
+
+# The command.
+
+
+def call(*arguments: object) -> Any:
+    done = CliRunner().invoke(app, ["infer-lambda", *map(str, arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+@pytest.fixture
+def texts(double: steer.FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of texts, of which the first has no context and the second an opposite; the command has a tiny model."""
+    monkeypatch.setattr("steer.cli.options.load", lambda *_: double)
+    lines: list[dict[str, str]] = [
+        {"prompt": p, "response": r, "context": c} for p, r, c in zip(PROMPTS, RESPONSES, CONTEXTS, strict=True)
+    ]
+    del lines[0]["context"]
+    lines[1] |= {"opposite": "no.", "text": "nobody reads this"}
+    lines[2]["text"] = lines[2].pop("response")
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n", encoding="utf-8")
+    return file
+
+
+def test_steer_infer_lambda_of_a_file(texts: Path, double: steer.FrozenLM) -> None:
+    printed = json.loads(call(texts, "--context", CONTEXTS[0], "--grid", "-2:2:0.5", "--level", 0.9, "--json").stdout)
+    grid = [-2 + 0.5 * i for i in range(9)]
+    expected = infer_lambda(
+        double, PROMPTS, RESPONSES, CONTEXTS, opposites=[None, "no.", None], grid=grid, level=0.9
+    ).to_json()
+    assert printed == {"model": "smollm2-135m", **expected}
+    png = texts.parent / "posterior.png"
+    shown = call(texts, "--context", CONTEXTS[0], "--grid=-2,2", "--png", png).stdout
+    assert all(response in shown for response in RESPONSES)
+    assert "95% interval" in shown
+    assert "at the " in shown or "[" in shown
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_steer_infer_lambda_of_one_text(texts: Path, double: steer.FrozenLM) -> None:
+    asked = ["--prompt", PROMPTS[0], "--context", CONTEXTS[0], "--response", RESPONSES[0], "--temperature", 0.8]
+    (printed,) = json.loads(call(*asked, "--json", "--raw").stdout)["texts"]
+    found = infer_lambda(double, PROMPTS[:1], RESPONSES[:1], CONTEXTS[:1], temperature=0.8)
+    assert printed["lam"] == found.lam.item()
+    assert f"{found.lam.item():+.2f}" in call(*asked).stdout
+
+
+def test_steer_infer_lambda_says_what_is_wrong(texts: Path) -> None:
+    def file(content: bytes) -> Path:
+        path = texts.parent / f"{len(list(texts.parent.iterdir()))}bad.jsonl"
+        path.write_bytes(content)
+        return path
+
+    for arguments, said in (
+        ([texts], "texts.jsonl:1: there is no context"),
+        ([], "either a file of texts, or one text"),
+        ([texts, "--response", "x"], "either a file of texts, or one text"),
+        (["--response", "x", "--context", "y"], "there is no prompt"),
+        ([texts.parent / "none"], "there is no such file"),
+        ([file(b"\n")], "holds no texts"),
+        ([file(b'{"prompt": "a", "text": "b", "context": 3}')], "bad.jsonl:1: `context` must be text"),
+        ([file(b"[]")], "bad.jsonl:1: expected an object"),
+        ([file(b"\n{")], "bad.jsonl:2: not JSON"),
+        ([file(b"\xff")], "bad.jsonl:1: not JSON"),
+        ([texts, "-c", "a", "--grid", "1:0:0.1"], "λ must be finite"),
+        ([texts, "-c", "a", "--grid", "0:1:0"], "no list such as"),
+        ([texts, "-c", "a", "--grid", "0:1"], "no list such as"),
+        ([texts, "-c", "a", "--grid", "a,b"], "no list such as"),
+        ([texts, "-c", "a", "--grid", "0,nan"], "λ must be finite"),
+        ([texts, "-c", "a", "--png", texts.parent / "none" / "x.png"], "cannot be written"),
+    ):
+        with pytest.raises(steer.SteerError, match=said):
+            call(*arguments)
+
+
+def test_a_text_whose_lambda_cannot_be_told_has_a_row_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+    with steer.wrap(model, tokenizer()) as lm:
+        monkeypatch.setattr("steer.cli.options.load", lambda *_: lm)
+        shown = call("--prompt", "a", "--context", "b", "--response", "c").stdout
+        assert "changes nothing" in " ".join(shown.split())
+        with pytest.warns(UserWarning, match="changes nothing"):
+            found = infer_lambda(lm, ["a"], ["c"], ["b"])
+    pytest.importorskip("matplotlib")
+    posterior_figure(found).savefig(tmp_path / "posterior.png")

@@ -8,6 +8,8 @@ from steer.cli.bank import bank
 from steer.cli.demo import demo
 from steer.cli.extract import extract
 from steer.cli.generate import generate
+from steer.cli.infer import infer_lambda
+from steer.cli.influence import influence
 from steer.cli.lens import lens
 from steer.cli.models import models
 from steer.cli.score import score
@@ -29,6 +31,8 @@ app.command()(extract)
 app.command()(generate)
 app.command()(score)
 app.command()(sweep)
+app.command()(infer_lambda)
+app.command()(influence)
 app.command()(lens)
 app.command()(tokens)
 app.add_typer(bank, name="bank")

@@ -38,6 +38,7 @@ Instruction = Annotated[
         show_default=False,
     ),
 ]
+Raw = Annotated[bool, typer.Option("--raw", help="Prompts are texts as they are, without the chat template.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -85,6 +86,18 @@ def parse_layers(text: str) -> list[int]:
     if min(layers) < 0 or len(set(layers)) < len(layers):
         raise SteerError(f"--layer {text}: layers count from 0 and are named once")
     return layers
+
+
+def parse_grid(option: str, text: str) -> list[float]:
+    """Reads `-1,0,2`, or `-4:4:0.5`, which is from, to and the step between."""
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        low, high, step = (float(part) for part in text.split(":"))
+        # By counting: sums of steps would be rounded more and more.
+        return [low + i * step for i in range(int((high - low) / step + 1e-9) + 1)]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise SteerError(f"{option} {text} is no list such as -1,0,2 and no range such as -4:4:0.5") from None
 
 
 def parse_numbers(option: str, text: str) -> list[float]:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from rich.console import Group
-from rich.style import Style
-from rich.text import Text
 
 from steer.errors import SteerError
 from steer.read import Span, response_span
 from steer.sites import Site
-from steer.view.colours import GREY, PROJECTION, WHITE, colour, colour_map, ink
 from steer.view.directions import Directions, require_fit, vectors_of
-from steer.view.figures import drawable, new_figure
+from steer.view.heat import Heat, extremes
 from steer.view.page import page, text_of
 from steer.view.tokens import read_tokens
-from steer.view.words import printable, token_text, visible
+from steer.view.words import token_text
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -28,8 +24,6 @@ if TYPE_CHECKING:
     from steer.model import FrozenLM
 
 Values = Literal["cosine", "projection"]
-
-_TOKENS_ACROSS = 28
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,91 +55,37 @@ class TokenMap:
 
     def lines(self, values: Values = "cosine") -> Group:
         """The text once for each direction, with a coloured background, for the terminal; print it with rich."""
-        parts = [Text("  ").join(Text(label, _style(back)) for label, back in self._legend(values))]
-        for name, row, numbers in zip(self.names, self._colours(values), self._table(values), strict=True):
-            parts.append(Text(f"\n{printable(name)}  {self._range(numbers)}", style="bold"))
-            line = Text()
-            for token, back in zip(self.tokens, row, strict=True):
-                line.append(_on_lines(token), _style(back))
-            parts.append(line)
-        return Group(*parts)
+        return self._heat(values).lines()
 
     def html(self, values: Values = "cosine") -> str:
         """A page that needs nothing but itself; pointing at a token shows its numbers."""
-        return page(f"Projections at {self.site}", self._fragment(values))
+        return page(f"Projections at {self.site}", self._heat(values).html())
 
     def _repr_html_(self) -> str:
-        return self._fragment("cosine")
+        return self._heat("cosine").html()
 
     def figure(self, values: Values = "cosine") -> Any:
         """A heat map, a row a direction, of as many lines as the text needs; a matplotlib figure."""
-        table, limit = self._table(values), self._limit(values)
-        # Lines of like length, rather than one token left over.
-        down = -(-len(self.tokens) // _TOKENS_ACROSS)
-        across = -(-len(self.tokens) // down)
-        starts = range(0, len(self.tokens), across)
-        height = 0.3 * len(self.names) + 0.95
-        figure = new_figure(11, max(2.4, 0.6 + height * len(starts)))
-        lines = figure.subplots(len(starts), 1, squeeze=False)[:, 0]
-        names = [drawable(printable(name)) for name in self.names]
-        colours = colour_map(PROJECTION).with_extremes(bad=GREY)
-        shown = table.clone()
-        shown[:, : int(self.outlier)] = torch.nan
-        for axes, start in zip(lines, starts, strict=True):
-            part = shown[:, start : start + across]
-            image = axes.imshow(part.numpy(), cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
-            words = [drawable(visible(token)) for token in self.tokens[start : start + across]]
-            axes.set_xticks(range(len(words)), words, rotation=90, family="monospace", fontsize=9, parse_math=False)
-            axes.set_yticks(range(len(names)), names, parse_math=False)
-            # The last line keeps its tokens as wide as the others'.
-            axes.set_xlim(-0.5, across - 0.5)
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
-        lines[0].set_title(f"{values} at {self.site}", fontsize=11, loc="left")
-        figure.colorbar(image, ax=lines, label=values, shrink=0.4 + 0.6 / len(starts))
-        return figure
+        return self._heat(values).figure()
 
-    def _table(self, values: Values) -> Float[Tensor, "direction token"]:
+    def _heat(self, values: Values) -> Heat:
         if values not in get_args(Values):
             raise SteerError(f"values={values!r} is not one of {', '.join(get_args(Values))}")
-        return self.cosines if values == "cosine" else self.projections
-
-    def _limit(self, values: Values) -> float:
-        return max(self._table(values)[:, int(self.outlier) :].abs().max().item(), 1e-12)
-
-    def _colours(self, values: Values) -> list[list[str]]:
-        """The background of each token, a row a direction."""
-        table, grey = self._table(values) / self._limit(values), int(self.outlier)
-        return [[GREY] * grey + [colour(value, PROJECTION) for value in row[grey:]] for row in table.tolist()]
-
-    def _legend(self, values: Values) -> list[tuple[str, str]]:
-        """Labels and their backgrounds."""
-        limit = self._limit(values)
-        ends = [(f" {share * limit:+.3g} ", colour(share, PROJECTION)) for share in (-1, 1)]
-        outlier = [(" first token, left out ", GREY)] if self.outlier else []
-        return [(f"{values} at {self.site}", WHITE), ends[0], (" 0 ", colour(0, PROJECTION)), ends[1], *outlier]
-
-    def _range(self, numbers: Float[Tensor, " token"]) -> str:
-        """Where the direction shows least and most, for those who see no colours."""
-        inside = numbers[int(self.outlier) :]
-        ends = (int(self.outlier) + int(place) for place in (inside.argmin(), inside.argmax()))
-        return " … ".join(f"{numbers[end]:+.3g} {visible(self.tokens[end])}" for end in ends)
-
-    def _fragment(self, values: Values) -> str:
-        legend = " ".join(
-            f'<span style="background:{back};color:{ink(back)};white-space:pre">{escape(label)}</span>'
-            for label, back in self._legend(values)
+        table = self.cosines if values == "cosine" else self.projections
+        numbers = zip(self.cosines.tolist(), self.projections.tolist(), strict=True)
+        return Heat(
+            title=f"{values} at {self.site}",
+            unit=values,
+            names=self.names,
+            tokens=self.tokens,
+            table=table,
+            hints=[
+                [f"cosine {cosine:.4f}, projection {length:.4g}" for cosine, length in zip(*row, strict=True)]
+                for row in numbers
+            ],
+            notes=[extremes(row, self.tokens, self.outlier) for row in table],
+            outlier=self.outlier,
         )
-        parts = [f'<p style="font-size:0.9em">{legend}</p>']
-        for name, row, cosines, lengths in zip(
-            self.names, self._colours(values), self.cosines.tolist(), self.projections.tolist(), strict=True
-        ):
-            words = "".join(map(_html_token, self.tokens, row, cosines, lengths))
-            parts.append(
-                f'<p style="margin:0.8em 0 0.2em"><b>{escape(printable(name))}</b></p>'
-                f'<p style="font-family:monospace;line-height:1.5;white-space:pre-wrap;margin:0">{words}</p>'
-            )
-        return f'<div style="color:#000;background:#fff;padding:0.5em">{"".join(parts)}</div>'
 
 
 def projections(
@@ -189,17 +129,3 @@ def projections(
         projections=lengths,
         outlier=span.start == 0,
     )
-
-
-def _on_lines(token: str) -> str:
-    """The token in running text: spaces as they are, other invisible characters marked, and lines that break."""
-    return visible(token).replace("␣", " ").replace("↵", "↵\n")
-
-
-def _html_token(token: str, back: str, cosine: float, length: float) -> str:
-    title = f"cosine {cosine:.4f}, projection {length:.4g}"
-    return f'<span style="background:{back};color:{ink(back)}" title="{title}">{escape(_on_lines(token))}</span>'
-
-
-def _style(background: str) -> Style:
-    return Style(color=ink(background), bgcolor=background)
