@@ -36,7 +36,7 @@ from rich.progress import Progress, track
 import steer
 from steer.cache import Cache, head_key, key_of, model_key
 from steer.cli import results
-from steer.contrast import Text, log_likelihoods, log_probs, text_of, tilt_of
+from steer.contrast import Text, log_likelihoods, pairs, text_of, tilt_of
 from steer.errors import SteerError
 from steer.experiments import contrast_report
 from steer.inject.streams import pad_left
@@ -237,7 +237,7 @@ def _score_options(
     for k, streams in enumerate(option_log_probs(lm, prompts, options)):
         chosen = torch.tensor(options[k], device=streams.device)
         for arm in range(len(contexts)):
-            scores, change = tilt_of(streams[[arm, -1]])
+            scores, change = tilt_of(streams[arm], streams[-1])
             sums[arm, k] = tilted_log_probs(scores, change, chosen, torch.tensor(LAMS)).double().sum(1)
     return sums.tolist(), list(map(len, options))
 
@@ -393,11 +393,10 @@ def score_persona(lm: steer.FrozenLM, items: Sequence[Item], contexts: Sequence[
         for item in items
     ]
     found = torch.empty(len(items), len(contexts), len(LAMS), 2)
-    for i, streams in log_probs(lm, texts):
-        both = torch.tensor([yes, no], device=streams.device)
-        for k in range(len(contexts)):
-            scores, change = (part.expand(2, -1) for part in tilt_of(streams[[k, -1]]))
-            found[i, k] = tilted_log_probs(scores, change, both, torch.tensor(LAMS))
+    for i, k, with_context, without in pairs(lm, texts):
+        scores, change = (part.expand(2, -1) for part in tilt_of(with_context, without))
+        both = torch.tensor([yes, no], device=scores.device)
+        found[i, k] = tilted_log_probs(scores, change, both, torch.tensor(LAMS))
     return found.tolist()
 
 

@@ -346,6 +346,7 @@ def test_from_end_to_end(
 
     monkeypatch.setattr(steer, "load", load)
     monkeypatch.setattr(contrast, "_RESAMPLES", 50)
+    monkeypatch.setattr(contrast, "GRID", contrast.GRID[::4])
     given = {
         "prefeval": [prefeval, "--form", "explicit", "implicit"],
         "persona": [personas, "--items", "4"],
