@@ -267,7 +267,11 @@ def _next_of_its_kind(kinds: Sequence[str]) -> list[int]:
 def measures(
     sums: Float[np.ndarray, "question option lam"], tokens: Float[np.ndarray, "question option"]
 ) -> dict[str, Float[np.ndarray, "question lam"]]:
-    """What each question says at each λ: whether the first option is the likeliest, and by how much, per token."""
+    """What each question says at each λ: whether the first option is the likeliest, and by how much.
+
+    By log-likelihood per token, as options differ in length; also by the sums, and by what the sums gain over λ = −1,
+    which leaves out what the model thinks of the options without a context.
+    """
     means = sums / tokens[:, :, None]
     gains = sums - sums[:, :, :1]
     return {
@@ -282,7 +286,9 @@ def measures(
 
 
 def _first_wins(scores: Float[np.ndarray, "question option lam"]) -> Float[np.ndarray, "question lam"]:
-    return (scores[:, 0] > scores[:, 1:].max(1)).astype(np.float64)
+    """1 where the first option is the best, its share where several are."""
+    best = scores == scores.max(1, keepdims=True)
+    return best[:, 0] / best.sum(1)
 
 
 def prefeval(lm: steer.FrozenLM, cache: Cache, questions: Sequence[Question]) -> dict[str, Any]:
@@ -290,8 +296,13 @@ def prefeval(lm: steer.FrozenLM, cache: Cache, questions: Sequence[Question]) ->
     sums, tokens = score_options(lm, questions, cache)
     own, others = (measures(sums[:, arm], tokens) for arm in range(2))
     topics = [question.topic for question in questions]
-    gap = {name: own[name] - others[name] for name in ("accuracy", "margin")}
-    arms = {"own": own, "another's": others, "own − another's": gap}
+    arms = {
+        "own": own,
+        "another's": others,
+        "own − another's": {name: own[name] - others[name] for name in ("accuracy", "margin")},
+        # At λ = −1 there is none.
+        "own − none": {name: own[name] - own[name][:, :1] for name in ("accuracy", "margin")},
+    }
     rows = {topic: np.array([i for i, other in enumerate(topics) if other == topic]) for topic in dict.fromkeys(topics)}
     return {
         "questions": len(questions),
@@ -666,6 +677,10 @@ Part = tuple[Mapping[str, str], Callable[[steer.FrozenLM, Cache], dict[str, Any]
 
 def main() -> None:
     arguments = _parse()
+    for file in (getattr(arguments, "out", None), arguments.plot):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            results.require_writable(file)
     if arguments.study == "report":
         done = json.loads(arguments.result.read_text(encoding="utf-8"))
     else:
@@ -686,8 +701,6 @@ def _run(arguments: argparse.Namespace, settings: Mapping[str, Any], parts: Sequ
         done = json.loads(arguments.out.read_text(encoding="utf-8"))
     if done.get("study") != asked:
         raise SteerError(f"{arguments.out} is of another study, {done.get('study')}; give another --out")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    results.require_writable(arguments.out)
     cache = Cache(arguments.out.with_suffix(".cache"))
     for model in arguments.models:
         names = [{"model": model, **name} for name, _ in parts]

@@ -45,9 +45,8 @@ def _cell(curve: Mapping[str, Any], at: int | None = None, *, percent: bool = Fa
     mean, low, high = (curve[key] if at is None else curve[key][at] for key in ("mean", "low", "high"))
     if percent:
         return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    return " ".join(f"{value:+.3f}" if sign else f"{value:.3f}" for value in [mean]) + (
-        f" [{low:+.3f}, {high:+.3f}]" if sign else f" [{low:.3f}, {high:.3f}]"
-    )
+    form = "+.3f" if sign else ".3f"
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _places(lams: Sequence[float]) -> list[int]:
@@ -57,7 +56,7 @@ def _places(lams: Sequence[float]) -> list[int]:
 def _prefeval_tables(done: Mapping[str, Any]) -> Iterator[str]:
     lams = done["study"]["lams"]
     for result in done["results"]:
-        own, other, gap = (result["curves"][arm] for arm in ("own", "another's", "own − another's"))
+        own, other, gap, gain = (result["curves"][arm] for arm in ("own", "another's", "own − another's", "own − none"))
         yield f"### {result['model']}, {result['form']}: {result['questions']} questions\n"
         rows = [
             [
@@ -67,13 +66,13 @@ def _prefeval_tables(done: Mapping[str, Any]) -> Iterator[str]:
                 _cell(own["accuracy, sums"], i, percent=True),
                 _cell(own["accuracy, gains"], i, percent=True),
                 _cell(other["accuracy"], i, percent=True),
+                _cell(gain["accuracy"], i, percent=True),
                 _cell(gap["accuracy"], i, percent=True),
             ]
             for i in _places(lams)
         ]
-        yield from _rows(
-            ["λ", "accuracy, %", "over topics", "by sums", "by gains", "another's context", "own − another's"], rows
-        )
+        head = ["λ", "accuracy, %", "over topics", "by sums", "by gains", "another's preference"]
+        yield from _rows([*head, "own − none", "own − another's"], rows)
         rows = [
             [
                 f"{lams[i]:g}",
@@ -83,7 +82,7 @@ def _prefeval_tables(done: Mapping[str, Any]) -> Iterator[str]:
             ]
             for i in _places(lams)
         ]
-        head = ["λ", "margin to the best other", "to their mean", "the first with another's context"]
+        head = ["λ", "margin to the best other", "to their mean", "to the best, another's preference"]
         yield from _rows([*head, "log p of the conforming", "of the others"], rows)
         best, tokens = result["best"], result["tokens"]
         yield (
@@ -191,23 +190,28 @@ def _at_landmarks(axes: Any) -> None:
 
 def _prefeval_figures(done: Mapping[str, Any]) -> dict[str, Any]:
     lams, found = done["study"]["lams"], done["results"]
-    figure = new_figure(13, 3.9 * len(found))
-    for row, result in zip(figure.subplots(len(found), 3, squeeze=False), found, strict=True):
+    figure = new_figure(15, 3.7 * len(found))
+    for row, result in zip(figure.subplots(len(found), 4, squeeze=False), found, strict=True):
         own, other = result["curves"]["own"], result["curves"]["another's"]
-        shares, margins, parts = row
-        _band(shares, lams, own["accuracy"], scale=100, color="C0", label="own preference, per token")
-        _band(shares, lams, own["accuracy, sums"], scale=100, color="C2", linestyle="--", label="own, by sums")
-        _band(shares, lams, other["accuracy"], scale=100, color="0.4", label="another user's, per token")
+        shares, changes, margins, parts = row
+        _band(shares, lams, own["accuracy"], scale=100, color="C0", label="own preference")
+        _band(shares, lams, other["accuracy"], scale=100, color="0.4", label="another user's")
+        sums = [100 * value for value in own["accuracy, sums"]["mean"]]
+        shares.plot(lams, sums, "--", color="C0", linewidth=1, label="own, by sums")
         shares.axhline(25, **_CHANCE)
         shares.annotate("chance", (lams[-1], 25), ha="right", va="bottom", color="0.4", fontsize=8)
         shares.set(title=f"{result['model']}, {result['form']}", ylabel="the conforming option is likeliest, %")
+        for arm, style in {"own − none": "C2", "own − another's": "C4"}.items():
+            _band(changes, lams, result["curves"][arm]["accuracy"], scale=100, color=style, label=arm)
+        changes.axhline(0, **_CHANCE)
+        changes.set(title="paired differences", ylabel="percentage points")
         _band(margins, lams, own["margin"], color="C0", label="own preference")
         _band(margins, lams, other["margin"], color="0.4", label="another user's")
         margins.axhline(0, **_CHANCE)
         margins.set(title="margin to the best other option", ylabel="nats per token")
         _band(parts, lams, own["conforming"], color="C0", label="the conforming option")
         _band(parts, lams, own["others"], color="C1", label="mean of the three others")
-        parts.set(title="log-likelihood under CoS, own preference", ylabel="nats per token")
+        parts.set(title="log-likelihood, own preference", ylabel="nats per token")
         for axes in row:
             _at_landmarks(axes)
             axes.legend(fontsize=8, loc="best")
@@ -234,9 +238,9 @@ def _topics(done: Mapping[str, Any]) -> Any:
 def _panels(
     lams: Sequence[float], titles: Mapping[str, str], curves: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Any, list[Any]]:
-    columns = min(len(titles), 4)
+    columns = min(len(titles), 4 if len(titles) % 5 else 5)
     rows = math.ceil(len(titles) / columns)
-    figure = new_figure(3.2 * columns, 2.5 * rows + 0.5)
+    figure = new_figure(2.9 * columns, 2.4 * rows + 0.5)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten().tolist()
     for axes in panels[len(titles) :]:
         axes.set_axis_off()
@@ -246,6 +250,8 @@ def _panels(
             _band(axes, lams, own[name], scale=100, color=_MODEL_COLOURS[i % 2], linestyle=("-", "--")[i // 2 % 2])
         axes.set_title(title, fontsize=10)
         _at_landmarks(axes)
+        axes.set_xticks(range(-1, 5))
+        axes.label_outer()
     figure.legend(panels[0].lines[: len(curves)], list(curves), loc="outside lower center", ncols=len(curves))
     return figure, panels
 

@@ -91,9 +91,9 @@ def test_what_questions_say() -> None:
     assert found["conforming"].tolist() == [[-2.0], [-1.0]]
     assert found["others"][1, 0] == pytest.approx(-(2 + 3 + 3) / 3)
     two = np.concatenate([sums, sums + np.array([0.5, 1.0, 0.0, 0.0])[None, :, None]], 2)
-    assert contrast.measures(two, tokens)["accuracy, gains"].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert contrast.measures(two, tokens)["accuracy, gains"].tolist() == [[0.25, 0.0], [0.25, 0.0]]
     two[:, 0, 1] += 1
-    assert contrast.measures(two, tokens)["accuracy, gains"].tolist() == [[0.0, 1.0], [0.0, 1.0]]
+    assert contrast.measures(two, tokens)["accuracy, gains"].tolist() == [[0.25, 1.0], [0.25, 1.0]]
 
 
 def test_yes_and_no_are_those_of_cos_by_hand() -> None:
