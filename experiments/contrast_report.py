@@ -304,32 +304,37 @@ def _recovery_figures(done: Mapping[str, Any]) -> dict[str, Any]:
     for row, result in zip(figure.subplots(len(found), 3, squeeze=False), found, strict=True):
         cases = result["cases"]
         names = [_what(case) for case in cases]
-        bias, error, coverage = row
-        for i, case in enumerate(cases):
-            shift = [lam + 0.06 * (i - len(cases) / 2) for lam in lams]
-            _bars(bias, shift, [own["bias"] for own in case["by lam"]], color=f"C{i}", label=names[i])
-        bias.axhline(0, **_CHANCE)
-        bias.set(title=f"{result['model']}: bias", ylabel="λ found − true λ", xlabel="true λ")
+        found_at, error, coverage = row
+        found_at.plot(lams, lams, **_CHANCE)
+        for i, at in enumerate((0, len(cases) - 1)):
+            shift = [lam + 0.1 * i - 0.05 for lam in lams]
+            means = [lam + own["bias"]["mean"] for lam, own in zip(lams, cases[at]["by lam"], strict=True)]
+            errors = [own["rmse"]["mean"] for own in cases[at]["by lam"]]
+            found_at.errorbar(
+                shift, means, yerr=errors, fmt="o", color=f"C{i}", markersize=4, capsize=2, label=names[at]
+            )
+        found_at.set(title=f"{result['model']}: mean ± RMSE", xlabel="true λ", ylabel="λ found")
         places = list(range(len(cases)))
         _bars(error, places, [case["all"]["rmse"] for case in cases], color="C0", label="RMSE")
         error.plot(
             places, [case["all"]["expected"] for case in cases], "k_", markersize=16, label="from the information"
         )
         error.set(title="error of λ", ylabel="units of λ", ylim=(0, None))
-        _bars(coverage, places, [_scaled(case["all"]["coverage"], 100) for case in cases], color="C0", label="")
+        _bars(coverage, places, [_scaled(case["all"]["coverage"], 100) for case in cases], color="C0")
         coverage.axhline(95, **_CHANCE)
-        coverage.set(title="95 % intervals that hold the true λ", ylabel="%", ylim=(80, 100))
+        coverage.set(title="95 % intervals that hold the true λ", ylabel="%", ylim=(85, 100.5))
         for axes in (error, coverage):
             axes.set_xticks(places, names, rotation=20, ha="right")
-        bias.legend(fontsize=8)
+        found_at.legend(fontsize=8)
         error.legend(fontsize=8)
     return {"": figure}
 
 
 def _bars(axes: Any, places: Sequence[float], points: Sequence[Mapping[str, float]], **style: Any) -> None:
     mean = [point["mean"] for point in points]
-    below = [point["mean"] - point["low"] for point in points]
-    above = [point["high"] - point["mean"] for point in points]
+    # Where an interval ends at its mean, rounding may put it beyond.
+    below = [max(point["mean"] - point["low"], 0) for point in points]
+    above = [max(point["high"] - point["mean"], 0) for point in points]
     axes.errorbar(places, mean, yerr=[below, above], fmt="o", markersize=4, capsize=2, **style)
 
 
