@@ -424,6 +424,7 @@ def persona(lm: steer.FrozenLM, cache: Cache, personas: Mapping[str, Sequence[It
             towards_yes = found[:, k, :, 0] - found[:, k, :, 1]
             tables[voice][name] = {
                 "log-odds": sign * towards_yes,
+                "told apart": told_apart(towards_yes, sign[:, 0] > 0),
                 "as the persona": (sign * towards_yes > 0).astype(np.float64),
                 "says Yes": (towards_yes > 0).astype(np.float64),
                 "Yes or No": np.exp(found[:, k]).sum(-1),
@@ -447,6 +448,18 @@ def persona(lm: steer.FrozenLM, cache: Cache, personas: Mapping[str, Sequence[It
             for voice, own in tables.items()
         },
     }
+
+
+def told_apart(towards_yes: Float[np.ndarray, "item lam"], says_yes: np.ndarray) -> Float[np.ndarray, "item lam"]:
+    """The area under the ROC curve as a mean over items: how often one to be answered by Yes is further towards Yes.
+
+    Whatever the model's leaning. Of each item the share of the other kind that lies on its right side is taken, its
+    distance from the area doubled, as both of a pair are drawn: so the mean's variance is that of DeLong et al. (1988).
+    """
+    above = towards_yes[says_yes][:, None] > towards_yes[~says_yes][None]
+    shares = np.empty_like(towards_yes)
+    shares[says_yes], shares[~says_yes] = above.mean(1), above.mean(0)
+    return 2 * shares - above.mean((0, 1))
 
 
 def _balanced(count: int) -> Float[np.ndarray, "resample item"]:

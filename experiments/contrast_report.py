@@ -11,7 +11,6 @@ from steer.view.figures import new_figure
 
 # λ that tables have; figures have all.
 _SHOWN = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
-_MODEL_COLOURS = ("C0", "C3")
 _CHANCE = {"color": "0.5", "linestyle": ":", "linewidth": 1}
 
 
@@ -109,16 +108,21 @@ def _persona_tables(done: Mapping[str, Any]) -> Iterator[str]:
                 [
                     f"{lams[i]:g}",
                     _cell(curves["log-odds"], i, sign=True),
-                    *(_cell(curves[name], i, percent=True) for name in ("as the persona", "says Yes", "Yes or No")),
+                    *(
+                        _cell(curves[name], i, percent=True)
+                        for name in ("told apart", "as the persona", "says Yes", "Yes or No")
+                    ),
                 ]
                 for i in _places(lams)
             ]
-            yield from _rows(["λ", "log-odds", "as the persona, %", "says Yes, %", "p(Yes or No), %"], rows)
+            yield from _rows(
+                ["λ", "log-odds", "told apart, %", "as the persona, %", "says Yes, %", "p(Yes or No), %"], rows
+            )
             rows = [
-                [name, *(f"{100 * table['as the persona']['mean'][i]:.0f}" for i in _places(lams)), _slope(table, lams)]
+                [name, *(f"{100 * table['told apart']['mean'][i]:.0f}" for i in _places(lams)), _slope(table, lams)]
                 for name, table in result["by persona"][voice].items()
             ]
-            head = ["as the persona, %", *(f"λ = {lams[i]:g}" for i in _places(lams)), "log-odds per unit of λ"]
+            head = ["told apart, %", *(f"λ = {lams[i]:g}" for i in _places(lams)), "log-odds per unit of λ"]
             yield from _rows(head, rows)
 
 
@@ -247,7 +251,7 @@ def _panels(
     panels = panels[: len(titles)]
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for i, own in enumerate(curves.values()):
-            _band(axes, lams, own[name], scale=100, color=_MODEL_COLOURS[i % 2], linestyle=("-", "--")[i // 2 % 2])
+            _band(axes, lams, own[name], scale=100, color=f"C{i}")
         axes.set_title(title, fontsize=10)
         _at_landmarks(axes)
         axes.set_xticks(range(-1, 5))
@@ -258,22 +262,24 @@ def _panels(
 
 def _persona_figures(done: Mapping[str, Any]) -> dict[str, Any]:
     lams, found = done["study"]["lams"], done["results"]
-    figure = new_figure(13, 3.9 * len(found))
-    for row, result in zip(figure.subplots(len(found), 3, squeeze=False), found, strict=True):
-        odds, shares, mass = row
+    figure = new_figure(15, 3.7 * len(found))
+    for row, result in zip(figure.subplots(len(found), 4, squeeze=False), found, strict=True):
+        odds, apart, shares, mass = row
         for i, (voice, curves) in enumerate(result["curves"].items()):
             for own in result["by persona"][voice].values():
                 odds.plot(lams, own["log-odds"]["mean"], color=f"C{i}", alpha=0.25, linewidth=0.8)
             label = f"“{voice} a person …”"
             _band(odds, lams, curves["log-odds"], color=f"C{i}", label=label)
+            _band(apart, lams, curves["told apart"], scale=100, color=f"C{i}", label=label)
             _band(shares, lams, curves["as the persona"], scale=100, color=f"C{i}", label=label)
-            _band(
-                shares, lams, curves["says Yes"], scale=100, color=f"C{i}", linestyle=":", marker="", label="… says Yes"
-            )
+            yes = [100 * value for value in curves["says Yes"]["mean"]]
+            shares.plot(lams, yes, ":", color=f"C{i}", label="… says Yes")
             _band(mass, lams, curves["Yes or No"], scale=100, color=f"C{i}", label=label)
         odds.axhline(0, **_CHANCE)
-        shares.axhline(50, **_CHANCE)
+        for axes in (apart, shares):
+            axes.axhline(50, **_CHANCE)
         odds.set(title=f"{result['model']}: thin lines are personas", ylabel="log-odds of the persona's answer, nats")
+        apart.set(title="the persona's Yes and No told apart", ylabel="area under the ROC curve, %", ylim=(40, 100))
         shares.set(title="answers as the persona would", ylabel="% of items, half of them Yes", ylim=(0, 100))
         mass.set(title="probability of Yes and No together", ylabel="%")
         for axes in row:
@@ -284,17 +290,16 @@ def _persona_figures(done: Mapping[str, Any]) -> dict[str, Any]:
 
 def _personas(done: Mapping[str, Any]) -> Any:
     curves = {
-        f"{result['model']}, “{voice} …”": {name: table["as the persona"] for name, table in own.items()}
-        for voice in done["results"][0]["by persona"]
+        f"{result['model']}, “{voice} …”": {name: table["told apart"] for name, table in own.items()}
         for result in done["results"]
-        for own in [result["by persona"][voice]]
+        for voice, own in result["by persona"].items()
     }
     names = done["results"][0]["items"]
     figure, panels = _panels(done["study"]["lams"], {name: f"{name} ({names[name]})" for name in names}, curves)
     for axes in panels:
         axes.axhline(50, **_CHANCE)
         axes.set_ylim(0, 100)
-    figure.supylabel("answers as the persona would, %")
+    figure.supylabel("area under the ROC curve, %")
     return figure
 
 

@@ -15,6 +15,7 @@ import torch
 from models import EOS, tiny, tokenizer
 from scipy.special import logsumexp
 from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
 
 import steer
 from steer.cache import Cache
@@ -126,6 +127,21 @@ def test_intervals_hold_the_mean_as_often_as_they_say(monkeypatch: pytest.Monkey
         hits += [found["low"][0] <= 0 <= found["high"][0], found["low_clustered"][0] <= 0 <= found["high_clustered"][0]]
     assert hits[0] < 70
     assert hits[1] > 85
+
+
+def test_the_area_under_the_roc_curve_and_its_interval() -> None:
+    rng = np.random.default_rng(0)
+    scores, truth = rng.normal(size=(60, 3)), np.arange(60) < 30
+    scores[truth] += [0.0, 0.7, 1.5]
+    found = contrast.told_apart(scores, truth)
+    curve = contrast.interval(found, contrast._balanced(60))
+    for at in range(3):
+        assert curve["mean"][at] == pytest.approx(roc_auc_score(truth, scores[:, at]))
+        # Items drawn anew, and the area of each draw.
+        draws = np.concatenate([rng.integers(0, 30, size=(400, 30)), rng.integers(30, 60, size=(400, 30))], 1)
+        areas = [roc_auc_score(truth, scores[drawn, at]) for drawn in draws]
+        width = np.diff(np.quantile(areas, [0.025, 0.975]))
+        assert curve["high"][at] - curve["low"][at] == pytest.approx(width, rel=0.2)
 
 
 def test_draws_of_a_persona_have_as_many_yes_as_no() -> None:
