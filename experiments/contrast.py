@@ -39,7 +39,6 @@ from steer.cli import results
 from steer.contrast import Text, log_likelihoods, pairs, text_of, tilt_of
 from steer.errors import SteerError
 from steer.experiments import contrast_report
-from steer.inject.streams import pad_left
 from steer.inverse import LambdaPosterior, infer_lambda
 from steer.kernels import tilted_log_probs
 
@@ -184,8 +183,6 @@ def option_log_probs(
     lm: steer.FrozenLM, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[int]]
 ) -> Iterator[Float[Tensor, "stream token vocab"]]:
     """What `steer.contrast.log_probs` yields for each option behind the prompts, which run once for all of them."""
-    ids, mask = pad_left(prompts, lm.pad_token_id)
-
     keeps = "logits_to_keep" in inspect.signature(lm.model.forward).parameters
 
     def run(tokens: Tensor, mask: Tensor, last: int, **past: Any) -> Any:
@@ -195,6 +192,9 @@ def option_log_probs(
         ids, seen = tokens.to(lm.device), mask.to(lm.device)
         return lm.model(input_ids=ids, attention_mask=seen, use_cache=True, **arguments, **past)
 
+    width = max(map(len, prompts))
+    ids = torch.tensor([[lm.pad_token_id] * (width - len(own)) + list(own) for own in prompts])
+    mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts])
     prompt = run(ids, mask, 1)
     logits = prompt.logits[:, -1:].repeat_interleave(len(options), 0)
     longest = max(map(len, options))
