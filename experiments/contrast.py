@@ -783,7 +783,7 @@ def _parse() -> argparse.Namespace:
         one.add_argument("--plot", type=Path, help="draw here; further figures get a word behind the name")
     prefeval.add_argument("--form", nargs="+", choices=["explicit", "implicit"], default=["explicit"])
     prefeval.add_argument("--limit", type=int, help="questions of each topic; all if not given")
-    persona.add_argument("--items", type=int, default=40, help="of each persona, half of which it answers by Yes")
+    persona.add_argument("--items", type=int, default=20, help="of each persona, half of which it answers by Yes")
     recovery.add_argument("--people", type=int, default=len(PEOPLE))
     recovery.add_argument("--tokens", type=int, default=64, help="of a text")
     recovery.add_argument("--rounds", type=int, default=5, help="of the timing")
