@@ -447,6 +447,15 @@ def persona(lm: steer.FrozenLM, cache: Cache, personas: Mapping[str, Sequence[It
             }
             for voice, own in tables.items()
         },
+        # Of the log-odds per unit of λ, as log-odds of two tokens are linear in it.
+        "slopes": {
+            voice: interval(
+                np.array([np.diff(table["log-odds"].mean(0)[[0, -1]])[0] for table in own.values()])
+                / (LAMS[-1] - LAMS[0]),
+                resampled(list(own)),
+            )
+            for voice, own in tables.items()
+        },
     }
 
 

@@ -118,6 +118,7 @@ def _persona_tables(done: Mapping[str, Any]) -> Iterator[str]:
             yield from _rows(
                 ["λ", "log-odds", "told apart, %", "as the persona, %", "says Yes, %", "p(Yes or No), %"], rows
             )
+            yield f"Log-odds per unit of λ: {_cell(result['slopes'][voice], sign=True)}\n"
             rows = [
                 [name, *(f"{100 * table['told apart']['mean'][i]:.0f}" for i in _places(lams)), _slope(table, lams)]
                 for name, table in result["by persona"][voice].items()
@@ -178,11 +179,20 @@ def _what(case: Mapping[str, Any]) -> str:
 # Figures.
 
 
-def _band(axes: Any, lams: Sequence[float], curve: Mapping[str, Any], *, scale: float = 1.0, **style: Any) -> None:
-    """A line with its interval, wider over clusters where there are some."""
+def _band(
+    axes: Any,
+    lams: Sequence[float],
+    curve: Mapping[str, Any],
+    *,
+    scale: float = 1.0,
+    band: bool = True,
+    **style: Any,
+) -> None:
+    """A line with its interval."""
     mean, low, high = ([scale * value for value in curve[key]] for key in ("mean", "low", "high"))
-    (line,) = axes.plot(lams, mean, **{"linewidth": 2, "marker": "o", "markersize": 3} | style)
-    axes.fill_between(lams, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+    (line,) = axes.plot(lams, mean, linewidth=2, marker="o", markersize=3, **style)
+    if band:
+        axes.fill_between(lams, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
 
 
 def _at_landmarks(axes: Any) -> None:
@@ -251,7 +261,8 @@ def _panels(
     panels = panels[: len(titles)]
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for i, own in enumerate(curves.values()):
-            _band(axes, lams, own[name], scale=100, color=f"C{i}")
+            # More than two bands hide one another.
+            _band(axes, lams, own[name], scale=100, band=len(curves) < 3, color=f"C{i}")
         axes.set_title(title, fontsize=10)
         _at_landmarks(axes)
         axes.set_xticks(range(-1, 5))
@@ -279,7 +290,7 @@ def _persona_figures(done: Mapping[str, Any]) -> dict[str, Any]:
         for axes in (apart, shares):
             axes.axhline(50, **_CHANCE)
         odds.set(title=f"{result['model']}: thin lines are personas", ylabel="log-odds of the persona's answer, nats")
-        apart.set(title="the persona's Yes and No told apart", ylabel="area under the ROC curve, %", ylim=(40, 100))
+        apart.set(title="the persona's Yes and No told apart", ylabel="area under the ROC curve, %", ylim=(20, 100))
         shares.set(title="answers as the persona would", ylabel="% of items, half of them Yes", ylim=(0, 100))
         mass.set(title="probability of Yes and No together", ylabel="%")
         for axes in row:
