@@ -165,7 +165,7 @@ def rows_of(
     if strangers and unknown_user == "error":
         raise UnknownUser(
             f"{strangers[0]!r} has no state named {' or '.join(names) or 'anything'} in the bank. Fit one, or let such "
-            'rows be plain with unknown_user="plain"'
+            'rows be plain: unknown_user="plain", or --unknown-user plain'
         )
     return [{} if user is None else found[user] for user in users]
 

@@ -393,6 +393,7 @@ def test_drift_weighs_attributes_by_choices(models: dict[str, steer.FrozenLM], c
         (lambda: CoS(records=0), "records=0"),
         (lambda: CoS(steered="none"), "not one of all, own, further"),
         (lambda: CoSMany(lams=[1.0, float("inf")]), "λ must be finite"),
+        (lambda: CoS(lam="much"), "λ must be a number, got 'much'"),
         (lambda: CoSMany(lams=[1.0, 2.0]).state([PIRATE]), "2 λ for 1 contexts"),
         (lambda: CoSMany().state([]), "one text or more"),
         (lambda: CoSMany().state(PIRATE), "one text or more"),

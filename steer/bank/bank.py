@@ -475,8 +475,8 @@ class Bank:
             for user, name in keys:
                 if self._address((user, name)) in own:
                     raise SteerError(
-                        f"both banks have a state {name!r} of {user!r}; say with conflict whether to keep this bank's, "
-                        "or to replace it by the other's"
+                        f"both banks have a state {name!r} of {user!r}; say with conflict (--conflict) whether to keep "
+                        "this bank's, or to replace it by the other's"
                     )
 
     def _template(self, entries: Sequence[Entry]) -> tuple[str, Provenance, dict[str, tuple[int, ...]]]:

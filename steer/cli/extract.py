@@ -131,7 +131,10 @@ def extract(
     if empty := [key for key in wanted if not len(histories[key])]:
         raise SteerError(f"{empty[0]!r} has no records left after --holdout {holdout}")
     lm = options.load(model, device, dtype)
-    store, cached = Bank(bank), {} if resume is None else {"cache": Cache(resume)}
+    if bank.exists():
+        # What is no bank is refused before the work.
+        Bank(bank).close()
+    cached = {} if resume is None else {"cache": Cache(resume)}
     rows: dict[str, dict[str, Any]] = {}
     with progress_bar() as progress:
 
@@ -141,6 +144,7 @@ def extract(
         everybody = [known for known in histories.values() if len(known)]
         task = progress.add_task("population", total=len(everybody))
         artifact = fitting.train(lm, everybody, share_of(task, 0, len(everybody)), **cached)
+        store = Bank(bank)
         if artifact is not None:
             store.put_artifact(artifact)
         progress.remove_task(task)

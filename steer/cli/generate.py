@@ -125,7 +125,7 @@ def generate(
 
     if user and bank is None and contexts is None:
         raise SteerError("--user needs the --bank that holds the states, or --contexts")
-    if bank is not None and not user:
+    if bank is not None and not user and contexts is None:
         raise SteerError(f"--bank needs one or more --user; `steer bank ls {bank}` lists them")
     if bank is None and name:
         raise SteerError("--name chooses states of a bank; give --bank and --user")

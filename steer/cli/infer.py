@@ -74,7 +74,7 @@ def infer_lambda(
     if (file is None) == (response is None):
         raise SteerError("give either a file of texts, or one text with --response")
     given = {"prompt": prompt, "response": response, "context": context, "opposite": opposite}
-    lines = [_line(given, {}, "the call")] if file is None else _read(file, given)
+    lines = [_line(given, {}, "this call")] if file is None else _read(file, given)
     lams = options.parse_grid("--grid", grid)
     results.require_writable(png)
     lm = options.load(model, device, dtype)
@@ -129,7 +129,7 @@ def _line(given: dict[str, str | None], entry: dict[str, object], where: str) ->
     own = {name: value if entry.get(name) is None else entry[name] for name, value in given.items()}
     for name in ("prompt", "response", "context"):
         if own[name] is None:
-            raise SteerError(f"{where}: there is no {name}")
+            raise SteerError(f"{where}: there is no {name}; --{name} gives one")
     if wrong := [name for name, value in own.items() if not isinstance(value, str | None)]:
         raise SteerError(f"{where}: `{wrong[0]}` must be text")
     return _Line(**own)  # type: ignore[arg-type]

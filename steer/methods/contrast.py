@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from steer.errors import SteerError
@@ -109,6 +110,7 @@ def given(**texts: str | None) -> dict[str, str]:
 def require_finite(**values: float) -> None:
     """Raises SteerError, naming it, for a value that is not finite."""
     for name, value in values.items():
+        _require_number(name, value)
         if not math.isfinite(value):
             raise SteerError(f"{name} must be finite, got {value}")
 
@@ -116,6 +118,7 @@ def require_finite(**values: float) -> None:
 def require_positive(**values: float) -> None:
     """Raises SteerError, naming it, for a value that is not finite and above 0."""
     for name, value in values.items():
+        _require_number(name, value)
         if not (math.isfinite(value) and value > 0):
             raise SteerError(f"{name} must be above 0, got {value}")
 
@@ -123,8 +126,14 @@ def require_positive(**values: float) -> None:
 def require_not_negative(**values: float) -> None:
     """Raises SteerError, naming it, for a value that is not finite or below 0."""
     for name, value in values.items():
+        _require_number(name, value)
         if not (math.isfinite(value) and value >= 0):
             raise SteerError(f"{name} must not be negative, got {value}")
+
+
+def _require_number(name: str, value: object) -> None:
+    if not isinstance(value, Real):
+        raise SteerError(f"{name} must be a number, got {value!r}")
 
 
 def one_each(name: str, values: float | Sequence[float], texts: Sequence[object]) -> list[float]:
