@@ -61,7 +61,7 @@ def row_losses(
     if plan.mixes and plan.streams is not None:
         if any(not isinstance(edit, StreamEdit) for edit in edits):
             raise SteerError("states that contrast contexts are scored alone; choose them, or others, by name")
-        return mixed_losses(lm, span, plan.streams.mixtures, models=models)
+        return mixed_losses(lm, span, plan.streams.mixtures, models=models, batch_tokens=batch_tokens)
     if any(isinstance(edit, PrefixEdit) for edit in edits):
         return _prefixed_losses(lm, span, edits, rows, batch_tokens)
     branches = Branches(lm, plan)
