@@ -20,6 +20,7 @@ import steer
 from steer.cli.app import app
 from steer.inject import Mixture, Stream
 from steer.likelihood import response_losses
+from steer.methods.drift import log_likelihoods
 from steer.mixed import mixed_losses
 from steer.read import Span, record_span, response_span
 from steer.score import Scores, UserScore, row_losses, score
@@ -357,3 +358,30 @@ def test_streams_are_read_in_passes_of_so_many_tokens(llama: steer.FrozenLM) -> 
             assert all(rows * width <= max(budget, longest) for rows, width in passes)
     for losses in found[1:]:
         assert_close(losses, found[0])
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_is_run(
+    llama: steer.FrozenLM, histories: list[steer.History]
+) -> None:
+    states = {history.user_id: steer.CoS().state("I sail.") for history in histories}
+    runs, told = Mock(), Mock()
+    llama.model.register_forward_pre_hook(lambda module, args: runs())
+    last = histories[-1]
+    for record, message in [
+        (steer.Record("bob", "no prompt"), "of 'bob': a context needs a prompt"),
+        (steer.Record("bob", "too long", "x" * 3000), "of 'bob': context, prompt and response have 30"),
+        (steer.Record("bob", "x"), "of 'bob': a text is too short"),
+    ]:
+        wrong = [*histories[:-1], steer.History("bob", (*last.records, record))]
+        with pytest.raises(steer.SteerError, match=message):
+            score(llama, wrong, states, on_progress=told)
+    assert not runs.called
+    assert not told.called
+
+
+def test_the_window_of_a_small_model_that_weighs_attributes() -> None:
+    with (
+        steer.wrap(tiny("opt"), tokenizer()) as small,
+        pytest.raises(steer.SteerError, match=r"prompt and answer have 2.. tokens and the model's window is 200"),
+    ):
+        log_likelihoods(small, [("short", "answer"), ("x" * 198, "answer")], None)
