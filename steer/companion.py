@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers.generation.configuration_utils import GenerationMode
@@ -41,7 +42,7 @@ class Companion:
         config: GenerationConfig,
         tokens: int,
     ) -> None:
-        self._model = cast(Any, lm.model)
+        self._lm, self._model = lm, cast(Any, lm.model)
         self._config = config
         self._owners = owners
         ids, mask = pad_left(rows, lm.pad_token_id)
@@ -55,6 +56,14 @@ class Companion:
             _of_single_rows(config), self._kwargs, GenerationMode.GREEDY_SEARCH, len(rows), ids.shape[1] + tokens
         )
         self._step: Any = None
+
+    def bound(self) -> AbstractContextManager[Any]:
+        """Takes the model while the block lasts, so that nobody steers it meanwhile.
+
+        Raises:
+            SteerError: somebody steers or reads it.
+        """
+        return self._lm.steered(states=[None] * len(self._owners))
 
     def logits(self, input_ids: Int[Tensor, "row pos"]) -> Float[Tensor, "stream vocab"]:
         """Next-token logits: of the prompts in the first call, then after the newest token of the owners' rows."""
@@ -75,6 +84,12 @@ class Companion:
 
 def require_same_vocabulary(lm: FrozenLM, other: FrozenLM, name: str) -> None:
     """Raises SteerError unless the tokens of two models are the same ones, of the same numbers."""
+    if (lm.tokenizer is None) != (other.tokenizer is None):
+        which = "the steered model" if lm.tokenizer is None else f"the model {name!r}"
+        raise SteerError(
+            f"{which} was wrapped without a tokenizer, so nothing tells whether the tokens are the same; pass the "
+            "tokenizer to steer.wrap"
+        )
     if lm.vocabulary != other.vocabulary:
         raise SteerError(
             f"the model {name!r} has another vocabulary, so its logits are about other tokens. Only models that share "

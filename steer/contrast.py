@@ -18,7 +18,7 @@ import torch
 from steer.errors import SteerError
 from steer.kernels import tilted_log_probs
 from steer.likelihood import last_logits
-from steer.read import by_length
+from steer.read import by_length, require_room
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -106,12 +106,8 @@ def text_of(
         lm.encode(prompt, context=opposite, chat=chat),
         ids,
     )
-    window = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-    if window is not None and text.longest > window:
-        raise SteerError(
-            f"context, prompt and response have {text.longest} tokens and the model's window is {window}; shorten "
-            f"them: {_shortened(str(response))}"
-        )
+    remedy = f"shorten them: {_shortened(str(response))}"
+    require_room(lm, text.longest, "context, prompt and response have", remedy=remedy)
     return text
 
 

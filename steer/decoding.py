@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +17,7 @@ from steer.errors import SteerError
 from steer.inject.rows import Rows
 from steer.inject.stream_rows import Heads, OwnRows, Streams, head_lengths, pad_behind_heads, pad_left
 from steer.inject.streams import Mix, Mixture, Stream
+from steer.read import require_room
 from steer.sampling import SeededRows
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Decoding:
         """What a `custom_generate` callable is to do; the arguments are those that transformers hands to it."""
         mode = config.get_generation_mode(None)
         copies = max(config.num_beams, config.num_return_sequences)
-        self._validate(mode, input_ids, copies)
+        self._validate(mode, input_ids, copies, config)
         streamer = self.streamer
         if streamer is not None:
             # As `generate` does with a streamer of its own; some take what comes first for the prompt and skip it.
@@ -93,17 +94,20 @@ class Decoding:
         # The same tensor tells that nothing need be gathered anew.
         owners = self.bound.owners if copies == 1 else self.bound.owners.repeat_interleave(copies)
         rows, streams = Rows(owners, _prompt_lengths(input_ids, kwargs)), None
-        if self.plan.mixes:
-            streams = self._streams(owners, input_ids, config)
-            processor = streams.processor(processor, sample=config.do_sample and self.seeds is None)
-            criteria = streams.criteria(criteria)
-            streamer = None if streamer is None else OwnRows(streamer, streams.batch)
-            self._widen(model, config, mode, kwargs, streams, owners)
-            input_ids = streams.input_ids
-            rows = Rows(owners[streams.owners], streams.attention_mask.sum(1), streams.touched)
-            self.bound.mixed = True
         method = getattr(type(model), GENERATION_MODES_MAPPING[mode])
-        with self.bound.rows_loaded(rows):
+        with ExitStack() as binding:
+            if self.plan.mixes:
+                streams = self._streams(owners, input_ids, config)
+                for companion in streams.companions:
+                    binding.enter_context(companion.bound())
+                processor = streams.processor(processor, sample=config.do_sample and self.seeds is None)
+                criteria = streams.criteria(criteria)
+                streamer = None if streamer is None else OwnRows(streamer, streams.batch)
+                self._widen(model, config, mode, kwargs, streams, owners)
+                input_ids = streams.input_ids
+                rows = Rows(owners[streams.owners], streams.attention_mask.sum(1), streams.touched)
+                self.bound.mixed = True
+            binding.enter_context(self.bound.rows_loaded(rows))
             output = method(
                 model,
                 input_ids,
@@ -115,7 +119,7 @@ class Decoding:
             )
         return output if streams is None else streams.own(output)
 
-    def _validate(self, mode: GenerationMode, input_ids: Tensor, copies: int) -> None:
+    def _validate(self, mode: GenerationMode, input_ids: Tensor, copies: int, config: Any) -> None:
         batch, prepared = self.plan.batch, self.bound.prepared
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH):
             raise SteerError(
@@ -125,6 +129,11 @@ class Decoding:
             raise SteerError(f"{input_ids.shape[0] // copies} prompts for {batch} bound rows")
         if self.seeds is not None and (mode != GenerationMode.SAMPLE or len(self.seeds) != batch):
             raise SteerError(f"seeds are for sampling (do_sample=True), one for each of the {batch} rows")
+        if self.plan.mixes and config.guidance_scale not in (None, 1):
+            raise SteerError(
+                "guidance_scale is a contrast of transformers' own, and these rows are contrasted already; leave it "
+                "out, or use Guidance instead of these states"
+            )
         if not self.plan.mixes and not self.bound.has_prefix:
             return
         if prepared is None or not torch.equal(prepared.input_ids.repeat_interleave(copies, 0), input_ids):
@@ -155,14 +164,12 @@ class Decoding:
         weights = [1.0 if mixture is None else mixture.streams[0].weight for mixture in mixtures]
         weights += [stream.weight for _, stream, _ in inside]
         stream_owners, companions = list(row_owners), []
-        for name, other in sorted(self.plan.models.items()):
-            beside = [(row, stream, ids) for row, stream, ids in further if stream.model == name]
-            if beside:
-                rows_of_other = torch.tensor([row for row, _, _ in beside], device=input_ids.device)
-                steps = config.max_length - input_ids.shape[1]
-                companions.append(Companion(other, [ids for _, _, ids in beside], rows_of_other, config, steps))
-                stream_owners += [row for row, _, _ in beside]
-                weights += [stream.weight for _, stream, _ in beside]
+        steps = config.max_length - input_ids.shape[1]
+        for other, beside in self._beside(further, batch, steps).items():
+            rows_of_other = torch.tensor([row for row, _, _ in beside], device=input_ids.device)
+            companions.append(Companion(other, [ids for _, _, ids in beside], rows_of_other, config, steps))
+            stream_owners += [row for row, _, _ in beside]
+            weights += [stream.weight for _, stream, _ in beside]
         device = input_ids.device
         return Streams(
             input_ids=ids.to(device),
@@ -174,6 +181,25 @@ class Decoding:
             companions=companions,
             prompts=input_ids,
         )
+
+    def _beside(
+        self, further: Sequence[tuple[int, Stream, list[int]]], batch: Sequence[int], steps: int
+    ) -> dict[FrozenLM, list[tuple[int, Stream, list[int]]]]:
+        """The streams of other models. A model that has several names makes one pass for all of them."""
+        found: dict[FrozenLM, list[tuple[int, Stream, list[int]]]] = {}
+        for row, stream, ids in further:
+            if stream.model is None:
+                continue
+            other = self.plan.models[stream.model]
+            require_room(
+                other,
+                len(ids) + steps - 1,  # The last token is not read.
+                f"row {batch[row]}: the prompt and what may follow it have",
+                name=stream.model,
+                remedy="shorten the prompt, or lower max_new_tokens",
+            )
+            found.setdefault(other, []).append((row, stream, ids))
+        return found
 
     def _padded(
         self, rows: list[list[int]], groups: list[int], at_least: int, config: Any

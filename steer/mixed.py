@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from steer.errors import SteerError
 from steer.inject.stream_rows import as_wide, pad_left
 from steer.inject.streams import Mix, Mixture, Stream
 from steer.likelihood import last_logits
-from steer.read import Span
+from steer.read import Span, require_room
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 _PLAIN = Mixture((Stream(1.0),))
 
+# What tells streams apart, up to their weights: the model, and the context and the system message in front.
+Key = tuple["FrozenLM", str | None, str | None]
+
 
 @torch.no_grad()
 def mixed_losses(
@@ -29,6 +33,7 @@ def mixed_losses(
     mixtures: Sequence[Mixture | None],
     *,
     models: Mapping[str, FrozenLM] | None = None,
+    batch_tokens: int = 2048,
 ) -> Float[Tensor, " row"]:
     """−log p of a response under each mixture, in nats, summed over its tokens.
 
@@ -40,49 +45,91 @@ def mixed_losses(
         span: a response behind its prompt.
         mixtures: one a row; None for the prompt as it is.
         models: others, by the names under which streams mention them.
+        batch_tokens: tokens, over all streams and with padding, that one forward pass may have.
 
     Raises:
-        SteerError: a stream has a context and the span has no prompt that it could stand in front of, or the whole is
-            longer than the model's window.
+        SteerError: as `heads_of` does, before any forward pass.
     """
     rows = [mixture or _PLAIN for mixture in mixtures]
-    wanted = list(dict.fromkeys((s.model, s.context, s.system) for mixture in rows for s in mixture.streams))
-    response = list(span.ids[max(span.start, 1) : span.end])
-    logits: dict[tuple[str | None, str | None, str | None], Float[Tensor, "token vocab"]] = {}
-    for name in dict.fromkeys(model for model, _, _ in wanted):
-        of_model = [key for key in wanted if key[0] == name]
-        heads = [_head(lm, span, context, system) for _, context, system in of_model]
-        found = _logits(lm if name is None else (models or {})[name], heads, response)
-        logits |= dict(zip(of_model, found, strict=True))
+    heads = heads_of(lm, span, rows, models)
+    response = _response(span)
+    passes = {
+        other: _passes(other, {key: head for key, head in heads.items() if key[0] is other}, response, batch_tokens)
+        for other, _, _ in heads
+    }
+    keys = [[_key(lm, stream, models) for stream in mixture.streams] for mixture in rows]
+    left = Counter(key for own in keys for key in own)
     targets = torch.tensor(response, device=lm.device)[:, None]
+    logits: dict[Key, Float[Tensor, "token vocab"]] = {}
     losses = []
-    for mixture in rows:
-        own, *others = [logits[s.model, s.context, s.system].to(lm.device) for s in mixture.streams]
-        count = len(response)
-        weights = [stream.weight for stream in mixture.streams for _ in range(count)]
-        owners = torch.arange(count, device=lm.device).repeat(len(mixture.streams))
-        # Each token is a row of its own.
-        scores = Mix.of([mixture] * count, weights, owners)(torch.cat([own, *as_wide(own, others)]))
+    for mixture, wanted in zip(rows, keys, strict=True):
+        for key in wanted:
+            while key not in logits:
+                logits |= next(passes[key[0]])
+        scores = _mixed(mixture, [logits[key].to(lm.device) for key in wanted])
         losses.append(-scores.log_softmax(-1).gather(1, targets).sum())
+        left.subtract(wanted)
+        logits = {key: found for key, found in logits.items() if left[key]}
     return torch.stack(losses).cpu()
 
 
-def _head(lm: FrozenLM, span: Span, context: str | None, system: str | None) -> list[int]:
-    """What stands in front of the response, with a context."""
-    if context is None and system is None:
-        return list(span.ids[: max(span.start, 1)])
-    if span.prompt is None:
-        raise SteerError("a context needs a prompt that it stands in front of, and this text has none")
-    head = lm.encode(span.prompt, context=context, system=system)
-    length = len(head) + span.end - span.start
-    if lm.window is not None and length > lm.window:
-        raise SteerError(f"context, prompt and response have {length} tokens, the model reads {lm.window} at most")
-    return head
+def heads_of(
+    lm: FrozenLM,
+    span: Span,
+    mixtures: Sequence[Mixture | None],
+    models: Mapping[str, FrozenLM] | None = None,
+) -> dict[Key, list[int]]:
+    """What stands in front of the response in each stream of the mixtures. Nothing is run.
+
+    A span may have cut its prompt to the last tokens. A context stands in front of the whole prompt, so where there is
+    one, every stream of every mixture has the whole prompt: they would be about different prompts otherwise.
+
+    Raises:
+        SteerError: a stream has a context and the span has no prompt that it could stand in front of, or the whole is
+            longer than the window of the stream's model.
+    """
+    streams = {_key(lm, stream, models): stream for row in mixtures for stream in (row or _PLAIN).streams}
+    whole = any(context is not None or system is not None for _, context, system in streams)
+    heads = {}
+    for (other, context, system), stream in streams.items():
+        head = list(span.ids[: max(span.start, 1)])
+        if whole:
+            if span.prompt is None:
+                raise SteerError("a context needs a prompt that it stands in front of, and this text has none")
+            head = lm.encode(span.prompt, context=context, system=system)
+        length = len(head) + len(_response(span))
+        require_room(other, length, "context, prompt and response have", name=stream.model)
+        heads[other, context, system] = head
+    return heads
 
 
-def _logits(lm: FrozenLM, heads: Sequence[list[int]], response: list[int]) -> Sequence[Float[Tensor, "token vocab"]]:
-    """Of the response's tokens behind each of the heads."""
-    ids, mask = pad_left([[*head, *response[:-1]] for head in heads], lm.pad_token_id)
-    batch = {"input_ids": ids.to(lm.device), "attention_mask": mask.to(lm.device)}
-    with lm.steered(states=[None] * len(heads)):
-        return list(last_logits(lm, batch, len(response)))
+def _key(lm: FrozenLM, stream: Stream, models: Mapping[str, FrozenLM] | None) -> Key:
+    return lm if stream.model is None else (models or {})[stream.model], stream.context, stream.system
+
+
+def _response(span: Span) -> list[int]:
+    return list(span.ids[max(span.start, 1) : span.end])
+
+
+def _passes(
+    lm: FrozenLM, heads: Mapping[Key, list[int]], response: list[int], batch_tokens: int
+) -> Iterator[dict[Key, Float[Tensor, "token vocab"]]]:
+    """Logits of the response's tokens behind each of the heads, in order, as many at a time as a pass may have."""
+    keys, rows = list(heads), [[*head, *response[:-1]] for head in heads.values()]
+    size = max(batch_tokens // max(map(len, rows)), 1)
+    for start in range(0, len(rows), size):
+        ids, mask = pad_left(rows[start : start + size], lm.pad_token_id)
+        batch = {"input_ids": ids.to(lm.device), "attention_mask": mask.to(lm.device)}
+        with lm.steered(states=[None] * len(ids)):
+            found = last_logits(lm, batch, len(response))
+        # Clones, so that one which others need later does not keep the whole pass.
+        yield {key: own.clone() for key, own in zip(keys[start : start + size], found, strict=True)}
+
+
+def _mixed(mixture: Mixture, streams: Sequence[Float[Tensor, "token vocab"]]) -> Float[Tensor, "token vocab"]:
+    """The mixture at each token: a token is a row of its own."""
+    own, *others = streams
+    count = len(own)
+    weights = [stream.weight for stream in mixture.streams for _ in range(count)]
+    owners = torch.arange(count, device=own.device).repeat(len(streams))
+    return Mix.of([mixture] * count, weights, owners)(torch.cat([own, *as_wide(own, others)]))

@@ -125,6 +125,23 @@ def record_span(lm: FrozenLM, record: Record, **kwargs: Any) -> Span:
         raise SteerError(f"record {record.id!r} of {record.user_id!r}: {error}") from None
 
 
+def require_room(
+    lm: FrozenLM, tokens: int, what: str, *, name: str | None = None, remedy: str = "shorten them"
+) -> None:
+    """Raises SteerError if there are more tokens than a model was made to read.
+
+    Args:
+        lm: the model.
+        tokens: how many it would read.
+        what: has them, with its verb, as in "the prompt has".
+        name: of the model, if it is not the steered one.
+        remedy: what to do about it.
+    """
+    if lm.window is not None and tokens > lm.window:
+        whose = "the model's window" if name is None else f"the window of the model {name!r}"
+        raise SteerError(f"{what} {tokens} tokens and {whose} is {lm.window}; {remedy}")
+
+
 def read(
     lm: FrozenLM,
     spans: Iterable[Span],

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from steer.branches import Branches
 from steer.errors import SteerError
-from steer.history import History
+from steer.history import History, Record
 from steer.inject import Condition, Edit, PrefixEdit, StreamEdit
 from steer.likelihood import response_losses
-from steer.mixed import mixed_losses
+from steer.mixed import heads_of, mixed_losses
 from steer.plan import Amount, Plan, edits_of
 from steer.read import Span, record_span
 from steer.state import Artifact, UserState
@@ -55,13 +55,9 @@ def row_losses(
         SteerError: some edits mix streams and others do not, there is no prompt that a context could stand before, or
             neighbours are to be mixed in.
     """
-    plan = Plan.of(lm, edits, rows, models)
-    if plan.neighbours:
-        raise SteerError("neighbours are mixed in while a model generates, and cannot be scored yet")
+    plan = _plan_of(lm, edits, rows, models)
     if plan.mixes and plan.streams is not None:
-        if any(not isinstance(edit, StreamEdit) for edit in edits):
-            raise SteerError("states that contrast contexts are scored alone; choose them, or others, by name")
-        return mixed_losses(lm, span, plan.streams.mixtures, models=models)
+        return mixed_losses(lm, span, plan.streams.mixtures, models=models, batch_tokens=batch_tokens)
     if any(isinstance(edit, PrefixEdit) for edit in edits):
         return _prefixed_losses(lm, span, edits, rows, batch_tokens)
     branches = Branches(lm, plan)
@@ -73,6 +69,16 @@ def row_losses(
         raise
     branches.close()
     return losses
+
+
+def _plan_of(lm: FrozenLM, edits: Sequence[Edit], rows: int, models: Mapping[str, FrozenLM] | None) -> Plan:
+    """Raises SteerError unless rows can be scored under these edits."""
+    plan = Plan.of(lm, edits, rows, models)
+    if plan.neighbours:
+        raise SteerError("neighbours are mixed in while a model generates, and cannot be scored yet")
+    if plan.mixes and any(not isinstance(edit, StreamEdit) for edit in edits):
+        raise SteerError("states that contrast contexts are scored alone; choose them, or others, by name")
+    return plan
 
 
 def _prefixed_losses(
@@ -190,27 +196,39 @@ def score(
         artifacts: what the states' methods share, by hash.
         models: others whose logits take part in mixtures, as for `FrozenLM.steered`.
         seed: of the draw.
-        max_tokens: longer records are cut.
+        max_tokens: longer records are cut. Where a user's states have contexts, prompts stay whole behind them.
         on_progress: told the number of records done.
 
     Raises:
-        SteerError: a record was among those that its user's state was fitted on, a user has no state, or there is
-            nothing to score.
+        SteerError: a record was among those that its user's state was fitted on, a user has no state, there is
+            nothing to score, or a record cannot be scored under the states, before any of them is.
     """
     histories = [history for history in histories if len(history)]
     if not histories:
         raise SteerError("there are no records to score")
     require_unseen(histories, states)
-    rng, done, scores = np.random.default_rng(seed), 0, []
+    rng, compared = np.random.default_rng(seed), []
     for history in histories:
         strangers = sorted(set(states) - {history.user_id})
-        chosen = [strangers[i] for i in rng.permutation(len(strangers))[:others]]
+        compared.append([strangers[i] for i in rng.permutation(len(strangers))[:others]])
+
+    def bound(history: History, chosen: Sequence[str]) -> list[Edit]:
         rows = [{}, *({"state": states[user]} for user in (history.user_id, *chosen))]
-        edits = edits_of(lm, rows, artifacts=artifacts, strength=strength, dose=dose)
-        sums, tokens = torch.zeros(len(rows), dtype=torch.float64), 0
+        return edits_of(lm, rows, artifacts=artifacts, strength=strength, dose=dose)
+
+    for history, chosen in zip(histories, compared, strict=True):
+        plan = _plan_of(lm, bound(history, chosen), 2 + len(chosen), models)
         for record in history:
             span = record_span(lm, record, max_tokens=max_tokens)
-            sums += row_losses(lm, span, edits, len(rows), models=models).double()
+            if plan.mixes and plan.streams is not None:
+                _require_readable(lm, record, span, plan.streams, models)
+    done, scores = 0, []
+    for history, chosen in zip(histories, compared, strict=True):
+        edits = bound(history, chosen)
+        sums, tokens = torch.zeros(2 + len(chosen), dtype=torch.float64), 0
+        for record in history:
+            span = record_span(lm, record, max_tokens=max_tokens)
+            sums += row_losses(lm, span, edits, len(sums), models=models).double()
             tokens += span.end - max(span.start, 1)
             done += 1
             if on_progress is not None:
@@ -218,6 +236,16 @@ def score(
         base, own, *rest = (sums / tokens).tolist()
         scores.append(UserScore(history.user_id, base, own, dict(zip(chosen, rest, strict=True)), tokens))
     return Scores(scores)
+
+
+def _require_readable(
+    lm: FrozenLM, record: Record, span: Span, streams: StreamEdit, models: Mapping[str, FrozenLM] | None
+) -> None:
+    """Raises SteerError, naming the record, if it cannot stand behind some stream's context."""
+    try:
+        heads_of(lm, span, streams.mixtures, models)
+    except SteerError as error:
+        raise SteerError(f"record {record.id!r} of {record.user_id!r}: {error}") from None
 
 
 def require_unseen(histories: Sequence[History], states: Mapping[str, UserState]) -> None:

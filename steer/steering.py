@@ -22,6 +22,7 @@ from steer.inject.rows import Rows
 from steer.inject.stream_rows import pad_left
 from steer.inject.streams import Stream
 from steer.plan import Plan
+from steer.read import require_room
 from steer.sites import Site
 
 if TYPE_CHECKING:
@@ -341,14 +342,14 @@ class Steering:
 
     def _encode(self, row: int, prompt: Prompt, stream: Stream, chat: bool | None, touched: bool) -> list[int]:
         ids = self.lm.encode(prompt, context=stream.context, system=stream.system, chat=chat)
-        window = self.lm.window
-        if (stream.context or stream.system) and window is not None and len(ids) >= window:
-            raise SteerError(
-                f"row {row}: with its context the prompt has {len(ids)} tokens, and the model reads {window} at most; "
-                "shorten the context"
-            )
+        if stream.context or stream.system:
+            what, remedy = "with its context the prompt has", "shorten the context"
+            require_room(self._model_of(stream), len(ids), f"row {row}: {what}", name=stream.model, remedy=remedy)
         # Placeholders are no text to another model.
         return self._with_prefix(row, ids) if touched and stream.model is None else ids
+
+    def _model_of(self, stream: Stream) -> FrozenLM:
+        return self.lm if stream.model is None else self.plan.models[stream.model]
 
     def _with_prefix(self, row: int, ids: list[int]) -> list[int]:
         prefix, start = self.plan.prefix, self._pool.overwriting.start

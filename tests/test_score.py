@@ -20,6 +20,8 @@ import steer
 from steer.cli.app import app
 from steer.inject import Mixture, Stream
 from steer.likelihood import response_losses
+from steer.methods.drift import log_likelihoods
+from steer.mixed import mixed_losses
 from steer.read import Span, record_span, response_span
 from steer.score import Scores, UserScore, row_losses, score
 
@@ -303,5 +305,83 @@ def test_what_cannot_be_scored_under_a_context_is_refused(llama: steer.FrozenLM)
     with pytest.raises(steer.SteerError, match="are scored alone"):
         row_losses(llama, span, [contrast, vectors], 1)
     llama.model.config.max_position_embeddings = 20
-    with pytest.raises(steer.SteerError, match="have 27 tokens, the model reads 20"):
+    with pytest.raises(steer.SteerError, match="have 27 tokens and the model's window is 20"):
         row_losses(llama, span, [contrast], 1)
+
+
+def test_a_prompt_is_read_whole_by_every_stream_or_by_none(llama: steer.FrozenLM) -> None:
+    """A span cuts a long prompt; behind a context nothing is cut, and then it is nowhere."""
+    record = steer.Record("ann", "what she wrote", "what was asked, at some length")
+    cut, uncut = (record_span(llama, record, max_tokens=tokens) for tokens in (30, 1024))
+    assert cut.start < uncut.start
+    neutral = Mixture((Stream(0.0, "I sail."), Stream(1.0)))
+    response = list(cut.ids[cut.start :])
+    whole = Span([*uncut.ids[: uncut.start], *response], uncut.start, uncut.start + len(response))
+    losses = mixed_losses(llama, cut, [None, neutral, Mixture((Stream(2.0), Stream(-1.0)))])
+    assert_close(losses, response_losses(llama, [whole] * 3, [])[0])
+    losses = mixed_losses(llama, cut, [None, Mixture((Stream(2.0), Stream(-1.0)))])
+    assert_close(losses, response_losses(llama, [cut] * 2, [])[0])
+
+
+def test_the_windows_of_all_models_are_checked_before_any_is_run(llama: steer.FrozenLM) -> None:
+    span = record_span(llama, steer.Record("ann", "what she wrote", "asked " * 40))
+    runs = Mock()
+    llama.attachment.decoder.register_forward_pre_hook(lambda module, args: runs())
+    beside = Mixture((Stream(1.0), Stream(0.5, model="small")))
+    with (
+        steer.wrap(tiny("opt"), tokenizer()) as small,
+        pytest.raises(steer.SteerError, match="the window of the model 'small' is 200"),
+    ):
+        row_losses(llama, span, [steer.StreamEdit([None, beside])], 2, models={"small": small})
+    assert not runs.called
+
+
+def test_streams_are_read_in_passes_of_so_many_tokens(llama: steer.FrozenLM) -> None:
+    """Each of them once, also where mixtures share it and where a model has two names."""
+    span = record_span(llama, steer.Record("ann", "what she wrote", "asked"))
+    mixtures = [None, *(Mixture.contrast(f"I sail {i}.", 1.5) for i in range(5)), Mixture.contrast("I sail 0.", 0.5)]
+    mixtures.append(Mixture((Stream(1.0), Stream(0.5, model="one"), Stream(-0.5, model="other"))))
+    passes: list[tuple[int, ...]] = []
+    with steer.wrap(tiny("gpt2", seed=4), tokenizer()) as other:
+        for lm in (llama, other):
+            lm.model.register_forward_pre_hook(
+                lambda module, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+            )
+        found = []
+        for budget in (2048, 70, 0):
+            passes.clear()
+            edits = [steer.StreamEdit(mixtures)]
+            models = {"one": other, "other": other}
+            found.append(row_losses(llama, span, edits, 8, models=models, batch_tokens=budget))
+            longest = max(width for _, width in passes)
+            assert sum(rows for rows, _ in passes) == 7
+            assert all(rows * width <= max(budget, longest) for rows, width in passes)
+    for losses in found[1:]:
+        assert_close(losses, found[0])
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_is_run(
+    llama: steer.FrozenLM, histories: list[steer.History]
+) -> None:
+    states = {history.user_id: steer.CoS().state("I sail.") for history in histories}
+    runs, told = Mock(), Mock()
+    llama.model.register_forward_pre_hook(lambda module, args: runs())
+    last = histories[-1]
+    for record, message in [
+        (steer.Record("bob", "no prompt"), "of 'bob': a context needs a prompt"),
+        (steer.Record("bob", "too long", "x" * 3000), "of 'bob': context, prompt and response have 30"),
+        (steer.Record("bob", "x"), "of 'bob': a text is too short"),
+    ]:
+        wrong = [*histories[:-1], steer.History("bob", (*last.records, record))]
+        with pytest.raises(steer.SteerError, match=message):
+            score(llama, wrong, states, on_progress=told)
+    assert not runs.called
+    assert not told.called
+
+
+def test_the_window_of_a_small_model_that_weighs_attributes() -> None:
+    with (
+        steer.wrap(tiny("opt"), tokenizer()) as small,
+        pytest.raises(steer.SteerError, match=r"prompt and answer have 2.. tokens and the model's window is 200"),
+    ):
+        log_likelihoods(small, [("short", "answer"), ("x" * 198, "answer")], None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +27,9 @@ Processor = Callable[["Tensor", "Tensor"], "Tensor"]
 
 class Companion(Protocol):
     """Rows of another model, for the same tokens."""
+
+    def bound(self) -> AbstractContextManager[Any]:
+        """Takes the model while the block lasts, so that nobody steers it meanwhile."""
 
     def logits(self, input_ids: Int[Tensor, "row pos"]) -> Float[Tensor, "stream vocab"]:
         """Next-token logits after the newest tokens of the batch."""
@@ -202,7 +206,9 @@ def head_lengths(rows: Sequence[Sequence[int]], groups: Sequence[int]) -> list[i
 def as_wide(logits: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
     """Logits of other models, as wide as the first: tables of embeddings are padded to different sizes.
 
-    What only one of them has are no tokens, as their vocabularies are the same; none can be chosen.
+    What only one of them has are no tokens, as their vocabularies are the same. What another lacks it rules
+    out (−inf): of positive weight it rules the token out of the mixture; of negative weight it leaves it as it is in
+    the row itself, which may choose it (see `geometric`).
     """
     width = logits.shape[1]
     cut = (other[:, :width].to(logits.device) for other in others)

@@ -29,7 +29,7 @@ from steer.inject.streams import Touched
 from steer.likelihood import response_losses
 from steer.methods.contrast import Contrast, from_records, require_finite, require_positive, require_text
 from steer.pairs import Pair, pairs_of
-from steer.read import Span, by_length
+from steer.read import Span, by_length, require_room
 from steer.state import UserState
 
 if TYPE_CHECKING:
@@ -132,13 +132,18 @@ class Drift(Contrast):
 def log_likelihoods(
     lm: FrozenLM, answers: Sequence[tuple[str, str]], system: str | None, *, batch_tokens: int = 2048
 ) -> Float[Tensor, " answer"]:
-    """log π(y | x, system) of answers to prompts, in nats, summed over an answer's tokens."""
+    """log π(y | x, system) of answers to prompts, in nats, summed over an answer's tokens.
+
+    Raises:
+        SteerError: one of the texts is longer than the model's window, or there is no tokenizer.
+    """
     if lm.tokenizer is None:
         raise SteerError("this model was wrapped without a tokenizer and cannot read texts")
     spans = []
     for prompt, answer in answers:
         head = lm.encode(prompt, system=system)
         ids = [*head, *lm.tokenizer(answer, add_special_tokens=False).input_ids]
+        require_room(lm, len(ids), "system message, prompt and answer have")
         spans.append(Span(ids, len(head), len(ids)))
     found = torch.empty(len(spans), dtype=torch.float64)
     for batch in by_length({i: len(span.ids) for i, span in enumerate(spans)}, batch_tokens):

@@ -284,3 +284,73 @@ def test_what_cannot_be_mixed_is_refused(llama: steer.FrozenLM, models: dict[str
         Stream(float("nan"))
     with pytest.raises(steer.SteerError, match="a system is empty"):
         Stream(1.0, system=" ")
+
+
+def test_nobody_steers_a_companion_meanwhile(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
+    """Rows of as many users would otherwise be steered in the other model, silently."""
+    expert, runs = models["expert"], []
+    mixtures: list[Mixture | None] = [Mixture((Stream(1.0), Stream(5.0, model="expert")))]
+    before = generate(llama, models, mixtures, PROMPTS[:1])
+    edit = steer.ResidualEdit(steer.Site("resid_post", 1), 20 * torch.randn(1, expert.width), positions="all")
+    handle = unwrapped(llama.model).register_forward_pre_hook(lambda module, args: runs.append(1))
+    with expert.steered(edits=[edit]) as steering:
+        with pytest.raises(steer.SteerError, match="already steered"):
+            generate(llama, models, mixtures, PROMPTS[:1])
+        assert not runs
+        expert.model(**steering.prepare(PROMPTS[:1]))
+    handle.remove()
+    # It is free again, after a refusal and after a generation.
+    for _ in range(2):
+        assert torch.equal(generate(llama, models, mixtures, PROMPTS[:1]).sequences, before.sequences)
+
+
+def test_a_model_of_two_names_makes_one_pass_a_token(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
+    shapes: list[tuple[int, ...]] = []
+    handle = unwrapped(models["expert"].model).register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    twice = models | {"antiexpert": models["expert"]}
+    output = generate(llama, twice)
+    handle.remove()
+    assert len(shapes) == STEPS
+    assert set(shapes[1:]) == {(2, 1)}
+    expected = by_hand(llama, twice, MIXTURES[2], PROMPTS[2], output.sequences[2])
+    assert_close(torch.stack(output.scores, 1)[2].double(), expected)
+
+
+@pytest.mark.parametrize("context", [None, "I sail."])
+def test_a_companion_reads_no_more_than_its_window(llama: steer.FrozenLM, context: str | None) -> None:
+    mixtures: list[Mixture | None] = [None, Mixture((Stream(1.0), Stream(0.5, context, model="small")))]
+    with steer.wrap(tiny("opt"), tokenizer()) as small:
+        taken = 0 if context is None else len(context) + 1
+        prompt = "x" * (small.window - len(llama.tokenizer("").input_ids) - taken - 4)  # type: ignore[operator]
+        runs: list[int] = []
+        handle = unwrapped(llama.model).register_forward_pre_hook(lambda module, args: runs.append(1))
+        with pytest.raises(steer.SteerError, match=r"row 1: .* 201 tokens and the window of the model 'small' is 200"):
+            generate(llama, {"small": small}, mixtures, ["x", prompt], max_new_tokens=6)
+        assert not runs
+        handle.remove()
+        # The last new token is not read.
+        assert generate(llama, {"small": small}, mixtures, ["x", prompt], max_new_tokens=5).sequences.shape[1] == 5
+        too_long = [None, Mixture((Stream(1.0), Stream(0.5, "c" * 200, model="small")))]
+        with (
+            pytest.raises(steer.SteerError, match=r"row 1: with its context .* window of the model 'small' is 200"),
+            llama.steered(edits=[steer.StreamEdit(too_long)], models={"small": small}) as steering,
+        ):
+            steering.prepare(["x", "y"])
+
+
+def test_a_contrast_of_transformers_own_is_refused(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
+    with pytest.raises(steer.SteerError, match="guidance_scale is a contrast of transformers' own"):
+        generate(llama, models, guidance_scale=2.0)
+    generate(llama, models, guidance_scale=1.0)
+
+
+def test_a_companion_without_a_tokenizer_is_refused_for_that(
+    llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]
+) -> None:
+    with (
+        steer.wrap(tiny("gpt2", seed=5)) as bare,
+        pytest.raises(steer.SteerError, match="the model 'expert' was wrapped without a tokenizer"),
+    ):
+        generate(llama, models | {"expert": bare})
