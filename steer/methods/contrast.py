@@ -62,8 +62,12 @@ class Contrast(Method):
         cls, lm: FrozenLM, states: Sequence[UserState | None], like: UserState, artifact: Artifact | None
     ) -> list[Edit]:
         """One stream edit."""
-        rows = [None if state is None else {**state.provenance.settings, **state.data} for state in states]
-        return [StreamEdit([None if row is None else cls.mixture(**row) for row in rows])]
+        return [StreamEdit([None if state is None else cls.mixture_of(state) for state in states])]
+
+    @classmethod
+    def mixture_of(cls, state: UserState) -> Mixture:
+        """The mixture of a row with this state."""
+        return cls.mixture(**{**state.provenance.settings, **state.data})
 
     def _made(self, data: Mapping[str, Any]) -> UserState:
         """A state of this data and of the hyper-parameters.
@@ -74,8 +78,9 @@ class Contrast(Method):
         settings = {
             field.name: _as_json(getattr(self, field.name)) for field in fields(self) if field.name != "records"
         }
-        self.mixture(**{**settings, **data})
-        return UserState(Provenance(method=self.name, version=self.version, settings=settings), data=data)
+        state = UserState(Provenance(method=self.name, version=self.version, settings=settings), data=data)
+        self.mixture_of(state)
+        return state
 
 
 def newest_records(history: History, count: int) -> tuple[Record, ...]:
