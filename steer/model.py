@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -287,6 +288,7 @@ class FrozenLM:
             dose=dose,
         )
         plan = Plan.of(self, [*bound, *edits], len(rows) or _batch_of(edits), models)
+        _warn_of_equal_streams(plan, rows, edits)
         steering = Steering(self, plan, prompt_lengths)
         steering.open()
         try:
@@ -394,6 +396,22 @@ class FrozenLM:
             raise SteerError("this model was wrapped without a tokenizer; use generate_tokens")
         tokens = self.generate_tokens(prompts, *args, **kwargs)
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def _warn_of_equal_streams(plan: Plan, rows: Sequence[RowStates], edits: Sequence[Edit]) -> None:
+    """Warns of rows whose mixture is to contrast their other edits, where they have none."""
+    if plan.streams is None or any(not isinstance(edit, StreamEdit) for edit in edits):
+        return
+    for row, mixture in enumerate(plan.streams.mixtures):
+        states = rows[row].values() if rows else ()
+        # One of them is the mixture itself.
+        count = sum(len(state.parts) if isinstance(state, Blend) else 1 for state in states)
+        if mixture is not None and mixture.contrasts_edits and count < 2:
+            warnings.warn(
+                f"row {row}: its mixture contrasts the row with and without its other states, and it has none, so that "
+                "all streams are the same",
+                stacklevel=4,
+            )
 
 
 def _behind(context: str, content: str | Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:

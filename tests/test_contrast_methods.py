@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,17 @@ def test_recipes_compose_with_vectors(llama: steer.FrozenLM) -> None:
     assert_close(both, (3.0 * only - 2.0 * plain).log_softmax(-1))
 
 
+def test_guidance_on_nothing_is_told(llama: steer.FrozenLM) -> None:
+    style = steer.GivenVector().state({"resid_post[1]": torch.ones(llama.width)}, lm=llama)
+    guided = Guidance(scale=3.0, steered="own").state()
+    with pytest.warns(UserWarning, match="row 1: its mixture contrasts .* it has none"):
+        llama.generate_tokens(["hello"] * 2, states=[[style, guided], guided], max_new_tokens=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        silent = [[style, guided], 0.5 * style + guided, Guidance(steered="own").state(PIRATE)]
+        llama.generate_tokens(["hello"] * 3, states=silent, max_new_tokens=1)  # type: ignore[arg-type]
+
+
 # From histories.
 
 
@@ -445,6 +457,11 @@ def test_drift_weighs_attributes_by_choices(models: dict[str, steer.FrozenLM], c
 def test_bad_input_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(steer.SteerError, match=message):
         make()
+
+
+def test_drift_reads_all_choices_and_takes_no_number_of_them() -> None:
+    with pytest.raises(TypeError, match="'records'"):
+        Drift(ATTRIBUTES, records=2)  # type: ignore[call-arg]
 
 
 def test_choices_that_say_nothing_are_refused(models: dict[str, steer.FrozenLM], choices: steer.History) -> None:

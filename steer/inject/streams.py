@@ -124,6 +124,12 @@ class Mixture:
             raise SteerError(f"λ must be finite, got {lam}")
         return cls((Stream(1 + lam, context), Stream(-lam, against)))
 
+    @property
+    def contrasts_edits(self) -> bool:
+        """Whether its streams differ in nothing but the row's other edits."""
+        read = {(stream.context, stream.system, stream.model) for stream in self.streams}
+        return self.steered != "all" and len(self.streams) > 1 and len(read) == 1
+
     def touches(self, stream: int) -> bool:
         """Whether a stream of the steered model carries the row's other edits."""
         return self.steered == "all" or (stream == 0) == (self.steered == "own")
