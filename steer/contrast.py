@@ -89,11 +89,7 @@ def text_of(
     """
     if lm.tokenizer is None and isinstance(response, str):
         raise SteerError("this model was wrapped without a tokenizer: responses must be token ids")
-    for context in (*contexts, opposite):
-        if context is not None and not context.strip():
-            raise SteerError("a context is empty; use None for no context")
-    if opposite is not None and opposite in contexts:
-        raise SteerError(f"{_shortened(opposite)} is its own opposite, so that λ would change nothing; give another")
+    require_contexts(contexts, opposite)
     if isinstance(response, str):
         assert lm.tokenizer is not None
         ids = lm.tokenizer(response, add_special_tokens=False).input_ids
@@ -109,6 +105,15 @@ def text_of(
     remedy = f"shorten them: {_shortened(str(response))}"
     require_room(lm, text.longest, "context, prompt and response have", remedy=remedy)
     return text
+
+
+def require_contexts(contexts: Sequence[str | None], opposite: str | None = None) -> None:
+    """Raises SteerError if a context is empty, or its own opposite."""
+    for context in (*contexts, opposite):
+        if context is not None and not context.strip():
+            raise SteerError("a context is empty")
+    if opposite is not None and opposite in contexts:
+        raise SteerError(f"{_shortened(opposite)} is its own opposite, so that λ would change nothing; give another")
 
 
 @torch.no_grad()
@@ -206,13 +211,15 @@ def log_likelihoods(
         batch_tokens, on_progress: as for `pairs`.
 
     Raises:
-        SteerError: λ is not finite, or the temperature not above 0.
+        SteerError: λ is not finite, the temperature not above 0, or a text has not one context.
 
     Returns:
         Sums over the responses' tokens, in float64, and numbers of tokens; both on the CPU.
     """
     grid = finite(lams)
     require_temperature(temperature)
+    if wrong := [i for i, text in enumerate(texts) if len(text.prompts) != 1]:
+        raise SteerError(f"text {wrong[0]} has {len(texts[wrong[0]].prompts)} contexts; make a text of each of them")
     out = torch.empty(len(texts), len(grid), dtype=torch.float64)
     for i, _, with_context, without in pairs(lm, texts, batch_tokens=batch_tokens, on_progress=on_progress):
         scores, change = tilt_of(with_context, without, temperature)

@@ -49,11 +49,7 @@ def influence(
         SteerError: there is no context, one is empty, the response is empty, or they are longer than the model's
             window.
     """
-    if isinstance(contexts, str):
-        contexts = [contexts]
-    named = contexts if isinstance(contexts, Mapping) else {context: context for context in contexts}
-    if not named or len(named) < len(contexts):
-        raise SteerError(f"give one or more contexts, all different; got {list(contexts)}")
+    named = by_name(contexts)
     if lm.tokenizer is None:
         raise SteerError("this model was wrapped without a tokenizer, so its tokens have no names")
     text = text_of(lm, prompt, response, list(named.values()), opposite=opposite, chat=chat)
@@ -79,7 +75,18 @@ def influence(
         rank_without=rank_without,
         entropy=entropy,
         entropy_without=entropy_without.float(),
+        opposite=opposite,
     )
+
+
+def by_name(contexts: str | Sequence[str] | Mapping[str, str]) -> Mapping[str, str]:
+    """The contexts, each by its name or by itself. Raises SteerError if there are none, or the same twice."""
+    if isinstance(contexts, str):
+        contexts = [contexts]
+    named = contexts if isinstance(contexts, Mapping) else {context: context for context in contexts}
+    if not named or len(named) < len(contexts):
+        raise SteerError(f"give one or more contexts, all different; got {list(contexts)}")
+    return named
 
 
 def _ranks(log_probs: Float[Tensor, "token vocab"], chosen: Int[Tensor, " token"]) -> Int[Tensor, " token"]:

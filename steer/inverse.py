@@ -72,6 +72,7 @@ class LambdaPosterior:
         edge: −1 or 1 where the text gets ever likelier towards the lower or the upper end of the grid, else 0.
         tokens: how many each text has.
         level: of the interval.
+        temperature: at which the texts were taken to be sampled.
     """
 
     grid: Float[Tensor, " lam"]
@@ -84,6 +85,7 @@ class LambdaPosterior:
     edge: Int[Tensor, " text"]
     tokens: Int[Tensor, " text"]
     level: float
+    temperature: float
 
     @property
     def informative(self) -> list[bool]:
@@ -100,7 +102,8 @@ class LambdaPosterior:
         names = ("lam", "low", "high", "information", "edge", "tokens", "log_likelihood", "posterior")
         rows = zip(*(getattr(self, name).tolist() for name in names), strict=True)
         texts = [{name: _plain(value) for name, value in zip(names, row, strict=True)} for row in rows]
-        return {"grid": self.grid.tolist(), "level": self.level, "texts": texts}
+        settings = {"level": self.level, "temperature": self.temperature}
+        return {"grid": self.grid.tolist(), **settings, "texts": texts}
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,13 +171,8 @@ def infer_lambda(
             none.
     """
     _require_lists(prompts=prompts, responses=responses, contexts=contexts, opposites=opposites)
-    lams = finite(grid)
-    if len(lams) < 2 or not (lams.diff() > 0).all():
-        raise SteerError(f"a grid is two or more λ in rising order, got {lams.tolist()}")
+    lams = require_settings(grid, level, temperature)
     weights = _prior(prior, len(lams), "λ of the grid")
-    require_temperature(temperature)
-    if not 0 < level < 1:
-        raise SteerError(f"level={level} is not between 0 and 1")
     negatives: Sequence[str | None] = [None] * len(prompts) if opposites is None else opposites
     texts = [
         text_of(lm, prompt, response, [context], opposite=negative, chat=chat)
@@ -188,7 +186,18 @@ def infer_lambda(
         found[i] = tilted_log_probs(scores, change, chosen, lams).double().sum(1).cpu()
         derivatives, start = _derivatives(scores, change, chosen), lams[found[i].argmax()].item()
         lam[i], slope[i], information[i] = _maximum(derivatives, lams[0].item(), lams[-1].item(), start)
-    return _posterior(lams, weights, found, lam, slope, information, texts, level, _noise(lm) / temperature)
+    return _posterior(lams, weights, found, lam, slope, information, texts, level, temperature, _noise(lm))
+
+
+def require_settings(grid: Sequence[float], level: float, temperature: float) -> Float[Tensor, " lam"]:
+    """The grid in float64. Raises SteerError if it, the level or the temperature is none."""
+    lams = finite(grid)
+    if len(lams) < 2 or not (lams.diff() > 0).all():
+        raise SteerError(f"a grid is two or more λ in rising order, got {lams.tolist()}")
+    require_temperature(temperature)
+    if not 0 < level < 1:
+        raise SteerError(f"level={level} is not between 0 and 1")
+    return lams
 
 
 def infer_context(
@@ -294,10 +303,11 @@ def _posterior(
     information: Float[Tensor, " text"],
     texts: Sequence[Text],
     level: float,
+    temperature: float,
     noise: float,
 ) -> LambdaPosterior:
     tokens = torch.tensor([len(text.response) for text in texts])
-    nothing = information <= tokens * noise**2
+    nothing = information <= tokens * (noise / temperature) ** 2
     edge = (lam == lams[-1]).long() - (lam == lams[0]).long()
     # The slope that Newton's method ends with is 0 but for rounding, unless it is at an end.
     slope = torch.where(edge != 0, slope.abs(), 0.0)
@@ -308,7 +318,7 @@ def _posterior(
         which = nothing.nonzero()[:, 0].tolist()
         warnings.warn(
             f"the context changes nothing in {len(which)} of {len(texts)} texts (the first has index {which[0]}): "
-            "there every λ is as likely as any other, and lam is NaN",
+            "there no λ can be told from another, but for rounding, and lam is NaN",
             stacklevel=3,
         )
     return LambdaPosterior(
@@ -322,6 +332,7 @@ def _posterior(
         edge=edge.masked_fill(nothing, 0),
         tokens=tokens,
         level=level,
+        temperature=temperature,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from steer.bank import Bank
 
 # A text, chat messages, or token ids that are used as they are.
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 # A row's states: none, one, a weighted sum, several of these, or several by name.
 States = UserState | Blend | Sequence[UserState | Blend] | RowStates | None
 
@@ -200,7 +201,8 @@ class FrozenLM:
 
         Args:
             prompt: a text, chat messages, or token ids.
-            context: goes in front of the last user message, joined by one space (METHODS §1.3).
+            context: goes in front of the last user message, joined by one space (METHODS §1.3); in front of the first
+                text in a message of several parts.
             system: the system message, in place of one that there is.
             chat: whether a text goes through the chat template, as one user message with the assistant's turn opened
                 after it; if None, whenever the tokenizer has a template.
@@ -223,12 +225,13 @@ class FrozenLM:
             return self.tokenizer(prompt if context is None else f"{context} {prompt}").input_ids
         if not has_template:
             raise SteerError("the tokenizer has no chat template; pass texts, and chat=False")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]  # type: ignore[arg-type]
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages: list[dict[str, Any]] = [dict(turn) for turn in turns]  # type: ignore[arg-type]
         if context is not None:
             last = next((m for m in reversed(messages) if m["role"] == "user"), None)
             if last is None:
                 raise SteerError("a context goes into the user's turn, and there is none")
-            last["content"] = f"{context} {last['content']}"
+            last["content"] = _behind(context, last["content"])
         if system is not None:
             messages = [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
         # transformers 5 returns a mapping; its type hints also allow for the ids alone.
@@ -285,6 +288,7 @@ class FrozenLM:
             dose=dose,
         )
         plan = Plan.of(self, [*bound, *edits], len(rows) or _batch_of(edits), models)
+        _warn_of_equal_streams(plan, rows, edits)
         steering = Steering(self, plan, prompt_lengths)
         steering.open()
         try:
@@ -392,6 +396,34 @@ class FrozenLM:
             raise SteerError("this model was wrapped without a tokenizer; use generate_tokens")
         tokens = self.generate_tokens(prompts, *args, **kwargs)
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def _warn_of_equal_streams(plan: Plan, rows: Sequence[RowStates], edits: Sequence[Edit]) -> None:
+    """Warns of rows whose mixture is to contrast their other edits, where they have none."""
+    if plan.streams is None or any(not isinstance(edit, StreamEdit) for edit in edits):
+        return
+    for row, mixture in enumerate(plan.streams.mixtures):
+        states = rows[row].values() if rows else ()
+        # One of them is the mixture itself.
+        count = sum(len(state.parts) if isinstance(state, Blend) else 1 for state in states)
+        if mixture is not None and mixture.contrasts_edits and count < 2:
+            warnings.warn(
+                f"row {row}: its mixture contrasts the row with and without its other states, and it has none, so that "
+                "all streams are the same",
+                stacklevel=4,
+            )
+
+
+def _behind(context: str, content: str | Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
+    """The content of a message with a context in front of its text."""
+    if isinstance(content, str):
+        return f"{context} {content}"
+    parts = list(content)
+    at = next((i for i, part in enumerate(parts) if part.get("type") == "text"), None)
+    if at is None:
+        raise SteerError("a context goes in front of text, and the user's turn has none")
+    parts[at] = {**parts[at], "text": f"{context} {parts[at]['text']}"}
+    return parts
 
 
 def wrap(

@@ -85,13 +85,25 @@ def test_generate_contrasts_every_user_by_a_context_of_their_own(
     assert [row["tokens"] for row in rows] == llama.generate_tokens(["hello"] * 3, states=states, max_new_tokens=5)
     (_, bob) = json.loads(run(*command, "--user", "bob").output)["rows"]
     assert bob["tokens"] == llama.generate_tokens(["hello"], states=[steer.CoS().state("I row.")], max_new_tokens=5)[0]
+    # No line of the file ends within a text.
+    people.write_text('{"user_id": "bob", "context": "I row.\u2028I sail."}\n', encoding="utf-8")
+    (_, both) = json.loads(run(*command).output)["rows"]
+    states = [steer.CoS().state("I row.\u2028I sail.")]
+    assert [both["tokens"]] == llama.generate_tokens(["hello"], states=states, max_new_tokens=5)
 
 
 @pytest.mark.parametrize(
     ("lines", "options", "message"),
     [
         ("", [], "holds no contexts"),
-        ("[1]\n", [], "people.jsonl:1: a line is an object"),
+        ("[1]\n", [], "people.jsonl:1: expected an object with a `user_id`"),
+        ("\n{", [], "people.jsonl:2: not JSON"),
+        (b'{"user_id": "ann", "context": "\xff"}', [], "people.jsonl:1: not JSON in UTF-8"),
+        ('{"user_id": "", "context": "x"}', [], ":1: a line is an object with a `user_id`"),
+        ('{"user_id": "ann", "context": 5}', [], ":1: a context must be text, got 5"),
+        ('{"user_id": "ann", "context": null}', [], ":1: a context must be text, got None"),
+        ('{"user_id": "ann", "context": "x", "lam": true}', [], ":1: λ must be a number, got True"),
+        ('{"user_id": "ann", "context": "x", "records": 2}', [], ":1: 'records' is nothing that cos knows"),
         ('{"user_id": "ann", "context": "x"}\n{"user_id": "ann", "context": "y"}', [], ":2: 'ann' comes a second time"),
         ('{"user_id": "ann", "context": " "}', [], ":1: a context is empty"),
         (
@@ -119,15 +131,54 @@ def test_generate_contrasts_every_user_by_a_context_of_their_own(
         ('{"user_id": "ann", "context": "x"}', ["--user", "bob"], "has nothing about 'bob'; there are ann"),
         ('{"user_id": "ann", "context": "x"}', ["--context", "y"], "give one of them"),
         ('{"user_id": "ann", "context": "x"}', ["--beside", "small"], "--beside small is not a name and a model"),
+        ('{"user_id": "ann", "context": "x"}', ["--beside", "small=x"], "small=x: no state.* they name none"),
+        (
+            '{"user_id": "ann", "context": "x"}',
+            ["--method", "costeer", "--set", "model=small", "--beside", "smal=x", "--beside", "small=x"],
+            "smal=x: no state of these rows needs it; they name small",
+        ),
         (None, [], "there is no such file"),
         (None, ["--set", "lam=1"], "there is no such file"),
     ],
 )
 def test_generate_says_what_is_wrong_with_contexts(
-    texts: Path, tmp_path: Path, lines: str | None, options: list[str], message: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lines: str | bytes | None, options: list[str], message: str
 ) -> None:
+    # Before a model is loaded.
+    monkeypatch.setattr("steer.cli.options.load", None)
     people = tmp_path / "people.jsonl"
     if lines is not None:
-        people.write_text(lines)
+        people.write_bytes(lines if isinstance(lines, bytes) else lines.encode())
     with pytest.raises(steer.SteerError, match=message):
         run("generate", "--prompt", "hello", "--contexts", people, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--context", "x", "--lambda", "nan"], "--context and --lambda: λ must be finite"),
+        (["--context", "x", "--lambda", "1e39"], "--context and --lambda: the weight"),
+        (["--context", " "], "a context is empty"),
+        (["--context", "x", "--temperature", "-1"], "--temperature must be above 0"),
+        (["--context", "x", "--temperature", "nan"], "--temperature must be above 0"),
+        (["--context", "x", "--beside", "foo=bar"], "--beside foo=bar: no state of these rows needs it"),
+    ],
+)
+def test_generate_refuses_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.setattr("steer.cli.options.load", None)
+    with pytest.raises(steer.SteerError, match=message):
+        run("generate", "--prompt", "hello", *options)
+
+
+def test_models_that_states_of_a_bank_name_are_given_beside_it(texts: Path, llama: steer.FrozenLM) -> None:
+    with steer.Bank(texts.parent / "people.bank") as bank:
+        bank["ann", "small"] = steer.CoSteer("small").state("I sail.")
+        bank["ann", "other"] = steer.CoS().state("I row.")
+    asked = ["generate", "--prompt", "hello", "--bank", bank.path, "--user", "ann", "--beside", "small=x"]
+    # It is needed; the test's model only cannot stand beside itself.
+    with pytest.raises(steer.SteerError, match="is the steered one itself"):
+        run(*asked, "--name", "small")
+    with pytest.raises(steer.SteerError, match="small=x: no state of these rows needs it; they name none"):
+        run(*asked, "--name", "other")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import steer
 from steer import (
+    KNNLM,
     MOD,
     Amulet,
     ContrastiveDecoding,
@@ -312,6 +314,17 @@ def test_recipes_compose_with_vectors(llama: steer.FrozenLM) -> None:
     assert_close(both, (3.0 * only - 2.0 * plain).log_softmax(-1))
 
 
+def test_guidance_on_nothing_is_told(llama: steer.FrozenLM) -> None:
+    style = steer.GivenVector().state({"resid_post[1]": torch.ones(llama.width)}, lm=llama)
+    guided = Guidance(scale=3.0, steered="own").state()
+    with pytest.warns(UserWarning, match="row 1: its mixture contrasts .* it has none"):
+        llama.generate_tokens(["hello"] * 2, states=[[style, guided], guided], max_new_tokens=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        silent = [[style, guided], 0.5 * style + guided, Guidance(steered="own").state(PIRATE)]
+        llama.generate_tokens(["hello"] * 3, states=silent, max_new_tokens=1)  # type: ignore[arg-type]
+
+
 # From histories.
 
 
@@ -345,6 +358,7 @@ def test_the_newest_records_become_the_context(llama: steer.FrozenLM, choices: s
         assert state.provenance.model is None
     each = [f"Texts that I wrote:\n\n{text}\n\n" for text in ("arr, rain", "fair winds")]
     assert CoSMany(records=2).fit(llama, choices).data["contexts"] == each
+    assert CoSMany(lams=[2.0, 1.0]).fit(llama, choices).data["contexts"] == each
     assert MOD([0.5, 0.5]).fit(llama, choices).data["contexts"] == each
     pair = CoSPair(records=2).fit(llama, choices).data
     assert pair["positive"] == newest
@@ -390,7 +404,11 @@ def test_drift_weighs_attributes_by_choices(models: dict[str, steer.FrozenLM], c
     ("make", "message"),
     [
         (lambda: CoS(lam=float("nan")), "λ must be finite"),
+        (lambda: CoS(lam=True), "λ must be a number, got True"),
+        (lambda: CoS(lam=1e39).state(PIRATE), "below 1e"),
+        (lambda: CoS().state(5), "a context must be text, got 5"),
         (lambda: CoS(records=0), "records=0"),
+        (lambda: CoS(records=2.5), "records must be a whole number"),
         (lambda: CoS(steered="none"), "not one of all, own, further"),
         (lambda: CoSMany(lams=[1.0, float("inf")]), "λ must be finite"),
         (lambda: CoS(lam="much"), "λ must be a number, got 'much'"),
@@ -413,6 +431,9 @@ def test_drift_weighs_attributes_by_choices(models: dict[str, steer.FrozenLM], c
         (lambda: DExperts("tuned", "small").state(" "), "a context is empty"),
         (lambda: ProxyTuning("tuned", "small", alpha=float("nan")), "alpha must be finite"),
         (lambda: Amulet(steps=-1), "steps must not be negative"),
+        (lambda: Amulet(steps=2.5), "steps must be a whole number"),
+        (lambda: CoSteer("small", steps=2.5), "steps must be a whole number"),
+        (lambda: KNNLM(k=2.5), "k must be a whole number"),
         (lambda: Amulet(eta=0.0), "eta must be above 0"),
         (lambda: Amulet(alpha=9.0, steps=99), "take fewer steps"),
         (lambda: CoSteer("small", beta=-1.0), "beta must not be negative"),
@@ -436,6 +457,11 @@ def test_drift_weighs_attributes_by_choices(models: dict[str, steer.FrozenLM], c
 def test_bad_input_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(steer.SteerError, match=message):
         make()
+
+
+def test_drift_reads_all_choices_and_takes_no_number_of_them() -> None:
+    with pytest.raises(TypeError, match="'records'"):
+        Drift(ATTRIBUTES, records=2)  # type: ignore[call-arg]
 
 
 def test_choices_that_say_nothing_are_refused(models: dict[str, steer.FrozenLM], choices: steer.History) -> None:

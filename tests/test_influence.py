@@ -146,6 +146,19 @@ def test_a_view_shows_the_numbers_and_the_totals(model: steer.FrozenLM) -> None:
         found.html("cosine")  # type: ignore[arg-type]
 
 
+def test_an_opposite_is_named(model: steer.FrozenLM) -> None:
+    found = influence(model, PROMPT, RESPONSE, "I shout.", opposite="I whisper.")
+    assert found.to_json()["opposite"] == "I whisper."
+    for values, title in (
+        ("change", "log p with the context − with its opposite, nats"),
+        ("kl", "KL(with the context ‖ with its opposite), nats"),
+        ("rank", "rank with its opposite over rank with the context, log2"),
+    ):
+        page = found.html(values)
+        assert title in page
+        assert "without" not in page
+
+
 def test_names_and_answers_are_shown_as_text(model: steer.FrozenLM, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     nasty = '<b title="x">$a_1$\x1b[31m\u202e'
@@ -192,6 +205,15 @@ def test_steer_influence(model: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch,
     assert RESPONSE in shown
     assert page.read_text(encoding="utf-8") == found.html("kl")
     assert png.read_bytes().startswith(b"\x89PNG")
-    for wrong, said in ((["--values", "cosine"], "not one of change, kl, rank"), (["--png", tmp_path], "be written")):
+    # Before a model is loaded.
+    monkeypatch.setattr("steer.cli.options.load", None)
+    for wrong, said in (
+        (["--values", "cosine"], "not one of change, kl, rank"),
+        (["--png", tmp_path], "be written"),
+        (["--context", " "], "a context is empty$"),
+        (["--context", contexts[0]], "all different"),
+        (["--opposite", contexts[0]], "its own opposite"),
+        (["--response", ""], "--response is empty"),
+    ):
         with pytest.raises(steer.SteerError, match=said):
             call(*named, *wrong)

@@ -276,6 +276,8 @@ def test_log_likelihoods_of_any_texts(double: steer.FrozenLM) -> None:
     expected = [[likelihood(double, i, lam) for lam in (2.0, -0.3)] for i in range(3)]
     np.testing.assert_allclose(sums, expected, rtol=1e-11)
     assert counts.tolist() == [len(response) for response in RESPONSES]
+    with pytest.raises(steer.SteerError, match="text 1 has 3 contexts"):
+        log_likelihoods(double, [texts[0], text_of(double, PROMPTS[1], RESPONSES[1], CONTEXTS)], [1.0])
 
 
 def test_streams_come_one_text_at_a_time_in_float32(lm: steer.FrozenLM) -> None:
@@ -397,13 +399,18 @@ def test_steer_infer_lambda_of_a_file(texts: Path, double: steer.FrozenLM) -> No
 
 def test_steer_infer_lambda_of_one_text(texts: Path, double: steer.FrozenLM) -> None:
     asked = ["--prompt", PROMPTS[0], "--context", CONTEXTS[0], "--response", RESPONSES[0], "--temperature", 0.8]
-    (printed,) = json.loads(call(*asked, "--json", "--raw").stdout)["texts"]
+    result = json.loads(call(*asked, "--json", "--raw").stdout)
+    (printed,) = result["texts"]
+    assert result["temperature"] == 0.8
     found = infer_lambda(double, PROMPTS[:1], RESPONSES[:1], CONTEXTS[:1], temperature=0.8)
     assert printed["lam"] == found.lam.item()
     assert f"{found.lam.item():+.2f}" in call(*asked).stdout
 
 
-def test_steer_infer_lambda_says_what_is_wrong(texts: Path) -> None:
+def test_steer_infer_lambda_says_what_is_wrong(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Before a model is loaded.
+    monkeypatch.setattr("steer.cli.options.load", None)
+
     def file(content: bytes) -> Path:
         path = texts.parent / f"{len(list(texts.parent.iterdir()))}bad.jsonl"
         path.write_bytes(content)
@@ -425,6 +432,12 @@ def test_steer_infer_lambda_says_what_is_wrong(texts: Path) -> None:
         ([texts, "-c", "a", "--grid", "0:1"], "no list such as"),
         ([texts, "-c", "a", "--grid", "a,b"], "no list such as"),
         ([texts, "-c", "a", "--grid", "0,nan"], "λ must be finite"),
+        ([texts, "-c", "a", "--grid", "1,0"], "in rising order"),
+        ([texts, "-c", "a", "--level", 2], "level=2.0 is not between"),
+        ([texts, "-c", "a", "--temperature", 0], "temperature=0.0 is not above 0"),
+        ([texts, "-c", " "], "texts.jsonl:1: a context is empty$"),
+        ([texts, "-c", "a", "--opposite", "a"], "texts.jsonl:1: 'a' is its own opposite"),
+        (["-p", "x", "-c", "a", "-r", ""], "there is no response"),
         ([texts, "-c", "a", "--png", texts.parent / "none" / "x.png"], "cannot be written"),
     ):
         with pytest.raises(steer.SteerError, match=said):

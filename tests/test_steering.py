@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 from collections.abc import Iterator
@@ -94,6 +95,19 @@ def test_a_context_goes_into_the_last_turn_of_the_user() -> None:
         assert messages[-1]["content"] == "three"
         with pytest.raises(steer.SteerError, match="into the user's turn"):
             lm.encode(messages[1:2], context="I am.")
+
+
+def test_a_context_goes_in_front_of_the_first_text_of_a_message_in_parts() -> None:
+    seen = copy.deepcopy(tokenizer(chat=True))
+    parts = "{% for p in m.content %}{{ p.text or '<image>' }}|{% endfor %}"
+    seen.chat_template = "{% for m in messages %}" + parts + "{% endfor %}"
+    with steer.wrap(tiny("llama"), seen) as lm:
+        image, one, two = {"type": "image"}, {"type": "text", "text": "one"}, {"type": "text", "text": "two"}
+        messages = [{"role": "user", "content": [image, one, two]}]
+        assert lm.tokenizer.decode(lm.encode(messages, context="I am.")) == "<image>|I am. one|two|"
+        assert one["text"] == "one"
+        with pytest.raises(steer.SteerError, match="in front of text"):
+            lm.encode([{"role": "user", "content": [image]}], context="I am.")
 
 
 def test_prompts_that_cannot_be_encoded(llama: steer.FrozenLM) -> None:

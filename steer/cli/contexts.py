@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steer.cli.lines import read_lines
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
@@ -27,28 +27,29 @@ def read_contexts(path: Path, method: str, settings: dict[str, Any]) -> dict[str
     _, own = _takes(recipe)
     if wrong := [key for key in settings if key not in own]:
         raise SteerError(f"--set {wrong[0]}: {method} has no such hyper-parameter; it has {', '.join(sorted(own))}")
-    if not path.is_file():
-        raise SteerError(f"{path}: there is no such file")
     states: dict[str, UserState] = {}
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), start=1):
-        if line.strip():
-            try:
-                user, state = _state(json.loads(line), recipe, settings)
-            except (ValueError, SteerError) as error:
-                raise SteerError(f"{path}:{number}: {error}") from None
-            if user in states:
-                raise SteerError(f"{path}:{number}: {user!r} comes a second time")
-            states[user] = state
+    for where, line in read_lines(path, "a `user_id`"):
+        try:
+            user, state = _state(line, recipe, settings)
+        except SteerError as error:
+            raise SteerError(f"{where}: {error}") from None
+        if user in states:
+            raise SteerError(f"{where}: {user!r} comes a second time")
+        states[user] = state
     if not states:
         raise SteerError(f"{path}: the file holds no contexts")
     return states
 
 
-def _recipe(name: str) -> type[Contrast]:
+def _recipes() -> dict[str, type[Contrast]]:
     from steer.method import METHODS
     from steer.methods.contrast import Contrast
 
-    recipes = {key: kind for key, kind in METHODS.items() if issubclass(kind, Contrast)}
+    return {key: kind for key, kind in METHODS.items() if issubclass(kind, Contrast)}
+
+
+def _recipe(name: str) -> type[Contrast]:
+    recipes = _recipes()
     if name not in recipes:
         known = ", ".join(sorted(key.replace("_", "-") for key in recipes))
         raise SteerError(f"--method {name.replace('_', '-')} makes no state of a context; there are {known}")
@@ -56,13 +57,26 @@ def _recipe(name: str) -> type[Contrast]:
 
 
 def _takes(recipe: type[Contrast]) -> tuple[set[str], set[str]]:
-    """What the recipe makes a state of, and its hyper-parameters."""
-    return set(inspect.signature(recipe.state).parameters) - {"self"}, set(inspect.signature(recipe).parameters)
+    """What the recipe makes a state of, and its hyper-parameters, without those of `fit` alone."""
+    own = set(inspect.signature(recipe).parameters) - {"records", "rejected"}
+    return set(inspect.signature(recipe.state).parameters) - {"self"}, own
 
 
-def _state(line: Any, recipe: type[Contrast], settings: dict[str, Any]) -> tuple[str, UserState]:
-    if not isinstance(line, dict) or not isinstance(user := line.get("user_id"), str):
-        raise SteerError("a line is an object with a `user_id`")
+def contrasts(method: str) -> bool:
+    """Whether the states of a method contrast streams."""
+    return method in _recipes()
+
+
+def models_of(state: UserState) -> set[str]:
+    """Names of the other models that a state that contrasts needs beside the steered one."""
+    from steer.inject import StreamEdit
+
+    return StreamEdit([_recipes()[state.provenance.method].mixture_of(state)]).models
+
+
+def _state(line: dict[str, Any], recipe: type[Contrast], settings: dict[str, Any]) -> tuple[str, UserState]:
+    if not isinstance(user := line.get("user_id"), str) or not user:
+        raise SteerError("a line is an object with a `user_id` that is text")
     takes, own = _takes(recipe)
     given = {key: value for key, value in line.items() if key != "user_id"}
     if wrong := sorted(given.keys() - takes - own):

@@ -12,11 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from steer.cli import options
-from steer.cli.contexts import read_contexts
+from steer.cli.contexts import contrasts, models_of, read_contexts
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
+    from steer import Bank
     from steer.model import FrozenLM
+    from steer.state import UserState
 
 CONTEXT_ROW = "(context)"
 
@@ -121,7 +123,7 @@ def generate(
 
         steer generate --bank people.bank --user alice --user bob --prompt "Describe your morning." --dose 0.15
     """
-    from steer import Bank, CoS
+    from steer import Bank
 
     if user and bank is None and contexts is None:
         raise SteerError("--user needs the --bank that holds the states, or --contexts")
@@ -152,7 +154,6 @@ def generate(
     rows = rows or [None]
     if stream and len(rows) > 1:
         raise SteerError("--stream shows one answer; name one --user")
-    lm = options.load(model, device, dtype)
     arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "chat": False if raw else None,
@@ -160,8 +161,6 @@ def generate(
         "dose": dose,
         **_sampling(temperature, {"top_p": top_p, "top_k": top_k, "min_p": min_p}, seed, len(rows)),
     }
-    if beside:
-        arguments["models"] = options.load_beside(beside, device, dtype)
     if repetition_penalty is not None:
         arguments["repetition_penalty"] = repetition_penalty
     if store is not None:
@@ -172,10 +171,17 @@ def generate(
             "unknown_user": unknown_user,
         }
     if context is not None:
-        state = (CoS() if lam is None else CoS(lam=lam)).state(context)
+        state = _state(context, lam)
         arguments["states"] = [None if row is None else {"--context": state} for row in rows]
     if contexts is not None:
         arguments["states"] = [{"--contexts": known[row]} if row in known else None for row in rows]
+    others = options.parse_beside(beside or [])
+    if others:
+        given = [state for row in arguments.get("states", []) if row is not None for state in row.values()]
+        _require_mentioned(others, [*given, *_stored(store, people, name)])
+    lm = options.load(model, device, dtype)
+    if others:
+        arguments["models"] = {name: options.load(other, device, dtype) for name, other in others.items()}
     if stream:
         _stream(lm, prompt, arguments)
         return
@@ -202,11 +208,37 @@ def generate(
     options.err.print(f"{len(rows)} rows in {seconds:.1f} s")
 
 
+def _state(context: str, lam: float | None) -> UserState:
+    """CoS of `--context` and `--lambda`, or SteerError with these names."""
+    from steer import CoS
+
+    try:
+        return (CoS() if lam is None else CoS(lam=lam)).state(context)
+    except SteerError as error:
+        raise SteerError(f"--context and --lambda: {error}") from None
+
+
+def _stored(bank: Bank | None, users: list[str | None], names: list[str] | None) -> list[UserState]:
+    """What the bank has of these users, as far as it contrasts."""
+    if bank is None:
+        return []
+    rows = [row for user in users if user not in (None, CONTEXT_ROW) for row in bank.rows(user)]
+    return [bank[row.user, row.name] for row in rows if contrasts(row.method) and (not names or row.name in names)]
+
+
+def _require_mentioned(others: dict[str, str], states: list[UserState]) -> None:
+    """Raises SteerError for a model of `--beside` that would be loaded for nothing."""
+    mentioned = set().union(*map(models_of, states))
+    if unused := sorted(others.keys() - mentioned):
+        known = f"they name {', '.join(sorted(mentioned))}" if mentioned else "they name none"
+        raise SteerError(f"--beside {unused[0]}={others[unused[0]]}: no state of these rows needs it; {known}")
+
+
 def _sampling(temperature: float | None, limits: dict[str, Any], seed: int, rows: int) -> dict[str, Any]:
     limits = {name: value for name, value in limits.items() if value is not None}
     if temperature is None and not limits:
         return {"do_sample": False}
-    if temperature is not None and temperature <= 0:
+    if temperature is not None and not temperature > 0:
         raise SteerError("--temperature must be above 0; leave it out for the likeliest token")
     seeds = [seed + row for row in range(rows)]
     # What is not said limits nothing, whatever the model's own settings are.

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from steer.cli import directions, options, results
 from steer.cli.extract import progress_bar
+from steer.cli.lines import read_lines
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def infer_lambda(
     given = {"prompt": prompt, "response": response, "context": context, "opposite": opposite}
     lines = [_line(given, {}, "this call")] if file is None else _read(file, given)
     lams = options.parse_grid("--grid", grid)
+    inverse.require_settings(lams, level, temperature)
     results.require_writable(png)
     lm = options.load(model, device, dtype)
     with progress_bar() as progress, warnings.catch_warnings():
@@ -106,33 +108,30 @@ def infer_lambda(
 
 def _read(file: Path, given: dict[str, str | None]) -> list[_Line]:
     """Raises SteerError if the file is missing or holds no texts, or a line is none; the message names the line."""
-    if not file.is_file():
-        raise SteerError(f"{file}: there is no such file")
-    lines = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        where = f"{file}:{number}"
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
-            raise SteerError(f"{where}: not JSON in UTF-8 ({error})") from None
-        if not isinstance(entry, dict):
-            raise SteerError(f"{where}: expected an object with `prompt`, `response` and `context`")
-        lines.append(_line(given, {"response": entry.get("text")} | entry, where))
+    lines = [
+        _line(given, {"response": entry.get("text")} | entry, where)
+        for where, entry in read_lines(file, "`prompt`, `response` and `context`")
+    ]
     if not lines:
         raise SteerError(f"{file}: the file holds no texts")
     return lines
 
 
 def _line(given: dict[str, str | None], entry: dict[str, object], where: str) -> _Line:
+    from steer.contrast import require_contexts
+
     own = {name: value if entry.get(name) is None else entry[name] for name, value in given.items()}
-    for name in ("prompt", "response", "context"):
-        if own[name] is None:
-            raise SteerError(f"{where}: there is no {name}; --{name} gives one")
     if wrong := [name for name, value in own.items() if not isinstance(value, str | None)]:
         raise SteerError(f"{where}: `{wrong[0]}` must be text")
-    return _Line(**own)  # type: ignore[arg-type]
+    for name in ("prompt", "response", "context"):
+        if not own[name]:
+            raise SteerError(f"{where}: there is no {name}; --{name} gives one")
+    line = _Line(**own)  # type: ignore[arg-type]
+    try:
+        require_contexts([line.context], line.opposite)
+    except SteerError as error:
+        raise SteerError(f"{where}: {error}") from None
+    return line
 
 
 def _table(lines: list[_Line], found: LambdaPosterior) -> Table:

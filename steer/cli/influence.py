@@ -39,11 +39,16 @@ def influence(
         steer influence --prompt "What shall I cook?" --context "I am a vegetarian." --response "Try a lentil curry."
     """
     from steer import view
+    from steer.contrast import require_contexts
+    from steer.influence import by_name
     from steer.influence import influence as influence_of
 
     if values not in get_args(view.Measure):
         raise SteerError(f"--values {values} is not one of {', '.join(get_args(view.Measure))}")
     shown: view.Measure = values  # type: ignore[assignment]
+    require_contexts(list(by_name(context).values()), opposite)
+    if not response:
+        raise SteerError("--response is empty: it has no token to look at")
     results.require_writable(html, png)
     lm = options.load(model, device, dtype)
     found = influence_of(lm, prompt, response, context, opposite=opposite, chat=False if raw else None)

@@ -62,14 +62,14 @@ def load(model: str, device: str | None, dtype: str | None) -> FrozenLM:
         return steer.load(model, device=device, dtype=None if dtype is None else dtypes[dtype])
 
 
-def load_beside(pairs: list[str], device: str | None, dtype: str | None) -> dict[str, FrozenLM]:
-    """Loads the models of `small=smollm2-135m` and so on, by these names."""
-    models: dict[str, FrozenLM] = {}
+def parse_beside(pairs: list[str]) -> dict[str, str]:
+    """Reads `small=smollm2-135m` and so on: models by these names."""
+    models: dict[str, str] = {}
     for pair in pairs:
         name, equals, model = pair.partition("=")
         if not (name and equals and model):
             raise SteerError(f"--beside {pair} is not a name and a model, such as small=smollm2-135m")
-        models[name] = load(model, device, dtype)
+        models[name] = model
     return models
 
 

@@ -4,6 +4,8 @@ A stream is the row's prompt with another context, or under another model. Two r
 
     geometric    Σ_i w_i · logits_i                     CoS, guidance, contrastive decoding, proxy tuning, Amulet, …
     arithmetic   scale · log Σ_i w_i · p_i ^ power      the other divergences of MOD
+
+A scale of 1 / power makes the latter a mean of the streams.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ if TYPE_CHECKING:
 
 Touched = Literal["all", "own", "further"]
 
+# Of weights and scales. Beyond that, float32 would keep nothing of the other logits.
+LARGEST = 1e6
+
 
 @dataclass(frozen=True)
 class Stream:
     """Next-token logits that take part in a mixture.
 
     Attributes:
-        weight: their coefficient.
+        weight: their coefficient, below a million in size.
         context: what stands in front of the prompt, joined by one space; None for the prompt alone.
         system: what the system message says; None for none, or the template's own.
         model: the name of another model, one of `models` of `FrozenLM.steered`; None for the steered model.
@@ -42,8 +47,8 @@ class Stream:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise SteerError(f"the weight of a stream must be finite, got {self.weight}")
+        if not abs(self.weight) < LARGEST:
+            raise SteerError(f"the weight of a stream must be finite and below {LARGEST:g} in size, got {self.weight}")
         for name in ("context", "system"):
             text = getattr(self, name)
             if text is not None and not text.strip():
@@ -59,7 +64,7 @@ class Mixture:
     Attributes:
         streams: the first one belongs to the steered model.
         power: of the probabilities under the arithmetic rule; 0 for the geometric rule.
-        scale: of the logarithm under the arithmetic rule; 1 / power for a proper mean.
+        scale: of the logarithm under the arithmetic rule, with the power's sign; 1 / power, for a proper mean, if None.
         floor: tokens that are less likely in the row itself than this share of its likeliest token are ruled out.
         nucleus: the row itself keeps the smallest set of tokens with at least this probability.
         steered: which streams of the steered model carry the row's other edits: "all" of them, the row's "own", or the
@@ -68,7 +73,7 @@ class Mixture:
 
     streams: tuple[Stream, ...]
     power: float = 0.0
-    scale: float = 1.0
+    scale: float | None = None
     floor: float = 0.0
     nucleus: float = 1.0
     steered: Touched = "all"
@@ -78,10 +83,12 @@ class Mixture:
             raise SteerError("a mixture needs a stream")
         if self.streams[0].model is not None:
             raise SteerError("the first stream of a mixture is the row itself, so it cannot be another model's")
-        if not (math.isfinite(self.power) and math.isfinite(self.scale)):
-            raise SteerError(f"power and scale must be finite, got {self.power} and {self.scale}")
-        if self.power and any(stream.weight < 0 for stream in self.streams):
-            raise SteerError("the weights of an arithmetic mixture must not be negative")
+        if not math.isfinite(self.power):
+            raise SteerError(f"power must be finite, got {self.power}")
+        if self.power:
+            self._require_mean()
+        elif self.scale is not None:
+            raise SteerError(f"scale={self.scale} belongs to the arithmetic rule; give a power other than 0 with it")
         if not 0 <= self.floor <= 1:
             raise SteerError(f"floor={self.floor} is not a share, from 0 to 1")
         if not 0 < self.nucleus <= 1:
@@ -89,12 +96,39 @@ class Mixture:
         if self.steered not in get_args(Touched):
             raise SteerError(f"steered={self.steered!r} is not one of {', '.join(get_args(Touched))}")
 
+    def _require_mean(self) -> None:
+        """Raises SteerError unless the arithmetic rule prefers what the streams do."""
+        weights = [stream.weight for stream in self.streams]
+        if min(weights) < 0 or not max(weights) > 0:
+            raise SteerError(f"arithmetic weights must not be negative, and one must be above 0; got {weights}")
+        scale = self.log_scale
+        if not abs(scale) < LARGEST:
+            raise SteerError(f"scale={scale:g} must be below {LARGEST:g} in size; near a power of 0, take power=0")
+        if not scale * self.power > 0:
+            raise SteerError(
+                f"scale={scale:g} must have the sign of power={self.power:g}, or likely tokens would become unlikely; "
+                "leave it out for 1 / power"
+            )
+
+    @property
+    def log_scale(self) -> float:
+        """The scale that counts; 1 under the geometric rule."""
+        if not self.power:
+            return 1.0
+        return 1 / self.power if self.scale is None else self.scale
+
     @classmethod
     def contrast(cls, context: str | None, lam: float, *, against: str | None = None) -> Mixture:
         """`(1 + λ) · logits(context) − λ · logits(against)`: CoS, Eq. 3; the prompt alone where `against` is None."""
         if not math.isfinite(lam):
             raise SteerError(f"λ must be finite, got {lam}")
         return cls((Stream(1 + lam, context), Stream(-lam, against)))
+
+    @property
+    def contrasts_edits(self) -> bool:
+        """Whether its streams differ in nothing but the row's other edits."""
+        read = {(stream.context, stream.system, stream.model) for stream in self.streams}
+        return self.steered != "all" and len(self.streams) > 1 and len(read) == 1
 
     def touches(self, stream: int) -> bool:
         """Whether a stream of the steered model carries the row's other edits."""
@@ -109,17 +143,20 @@ class StreamEdit:
 
     @classmethod
     def contrast(
-        cls, contexts: Sequence[str | None], lams: Sequence[float] | Float[Tensor, " batch"], **settings: str
+        cls, contexts: Sequence[str | None], lam: float | Sequence[float] | Float[Tensor, " batch"], **settings: str
     ) -> StreamEdit:
         """Contrasts row b with and without `contexts[b]`: CoS of strength λ_b (see `Mixture.contrast`).
 
-        λ = −1 is the prompt alone, 0 the context as plain text, more amplifies it. Rows of None are not contrasted.
+        λ = −1 is the prompt alone, 0 the context as plain text, more amplifies it; one number, or one a row. Rows of
+        None are not contrasted.
         """
-        lams = [float(lam) for lam in lams]
-        if len(contexts) != len(lams):
-            raise SteerError(f"{len(contexts)} contexts and {len(lams)} λ")
-        rows = zip(contexts, lams, strict=True)
-        return cls([None if context is None else Mixture.contrast(context, lam, **settings) for context, lam in rows])
+        values = torch.as_tensor(lam, dtype=torch.float64)
+        if values.ndim == 0:
+            values = values.expand(len(contexts))
+        if values.shape != (len(contexts),):
+            raise SteerError(f"{len(contexts)} contexts and {values.numel()} λ; give one for each, or one for all")
+        rows = zip(contexts, values.tolist(), strict=True)
+        return cls([None if context is None else Mixture.contrast(context, own, **settings) for context, own in rows])
 
     @property
     def models(self) -> set[str]:
@@ -176,7 +213,7 @@ class Mix:
             owners=owners,
             batch=len(rows),
             powers=powers,
-            scales=None if powers is None else torch.tensor([row.scale for row in rows], device=owners.device),
+            scales=None if powers is None else torch.tensor([row.log_scale for row in rows], device=owners.device),
             only_arithmetic=all(row.power for row in rows),
             floors=tensor([math.log(row.floor) if row.floor else -math.inf for row in rows], -math.inf),
             nuclei=tensor([row.nucleus for row in rows], 1.0),

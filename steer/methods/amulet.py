@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from steer.inject import Mixture
 from steer.inject.streams import Touched
-from steer.methods.contrast import Contrast, require_not_negative, require_positive, require_text
+from steer.methods.contrast import Contrast, require_not_negative, require_positive, require_text, require_whole
 from steer.methods.costeer import coefficient
 from steer.state import UserState
 
@@ -41,7 +41,8 @@ class Amulet(Contrast):
         records, steered: as for `Contrast`.
 
     Raises:
-        SteerError: one of them is negative, `anchor` or `eta` is 0, or the coefficient is out of all bounds.
+        SteerError: one of them is negative, `steps` is not whole, `anchor` or `eta` is 0, or the coefficient
+            is out of all bounds.
     """
 
     name: ClassVar[str] = "amulet"
@@ -53,6 +54,7 @@ class Amulet(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_whole(steps=self.steps)
         require_not_negative(steps=self.steps, alpha=self.alpha)
         require_positive(anchor=self.anchor, eta=self.eta)
         coefficient(self.steps, self.alpha, self.alpha, self.anchor, self.eta)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from steer.errors import SteerError
@@ -42,6 +42,7 @@ class Contrast(Method):
     steered: Touched = "all"
 
     def __post_init__(self) -> None:
+        require_whole(records=self.records)
         if self.records < 1:
             raise SteerError(f"records={self.records}: a context needs one at least")
         if self.steered not in get_args(Touched):
@@ -61,15 +62,25 @@ class Contrast(Method):
         cls, lm: FrozenLM, states: Sequence[UserState | None], like: UserState, artifact: Artifact | None
     ) -> list[Edit]:
         """One stream edit."""
-        rows = [None if state is None else {**state.provenance.settings, **state.data} for state in states]
-        return [StreamEdit([None if row is None else cls.mixture(**row) for row in rows])]
+        return [StreamEdit([None if state is None else cls.mixture_of(state) for state in states])]
+
+    @classmethod
+    def mixture_of(cls, state: UserState) -> Mixture:
+        """The mixture of a row with this state."""
+        return cls.mixture(**{**state.provenance.settings, **state.data})
 
     def _made(self, data: Mapping[str, Any]) -> UserState:
-        """A state of this data and of the hyper-parameters."""
+        """A state of this data and of the hyper-parameters.
+
+        Raises:
+            SteerError: they make no mixture.
+        """
         settings = {
             field.name: _as_json(getattr(self, field.name)) for field in fields(self) if field.name != "records"
         }
-        return UserState(Provenance(method=self.name, version=self.version, settings=settings), data=data)
+        state = UserState(Provenance(method=self.name, version=self.version, settings=settings), data=data)
+        self.mixture_of(state)
+        return state
 
 
 def newest_records(history: History, count: int) -> tuple[Record, ...]:
@@ -96,7 +107,9 @@ def from_records(state: UserState, records: Sequence[Record]) -> UserState:
 
 
 def require_text(text: str, what: str = "context") -> str:
-    """The text. Raises SteerError if there is nothing in it."""
+    """The text. Raises SteerError if it is none, or there is nothing in it."""
+    if not isinstance(text, str):
+        raise SteerError(f"a {what} must be text, got {text!r}")
     if not text.strip():
         raise SteerError(f"a {what} is empty; a user without one needs no state")
     return text
@@ -131,8 +144,17 @@ def require_not_negative(**values: float) -> None:
             raise SteerError(f"{name} must not be negative, got {value}")
 
 
+def require_whole(**values: int) -> None:
+    """Raises SteerError, naming it, for a value that is no whole number."""
+    for name, value in values.items():
+        _require_number(name, value)
+        if not isinstance(value, Integral):
+            raise SteerError(f"{name} must be a whole number, got {value!r}")
+
+
 def _require_number(name: str, value: object) -> None:
-    if not isinstance(value, Real):
+    # True and False are numbers to Python.
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise SteerError(f"{name} must be a number, got {value!r}")
 
 

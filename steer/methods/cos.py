@@ -9,7 +9,7 @@ arXiv 2405.01768.
 
 The paper's two conventions of λ differ by one, so they have two names here. `lam`, of CoS and CoSPair: −1 takes the
 context away, 0 is plain prompting with it, more amplifies it. `lams`, of CoSMany: 0 takes a context away, 1 is its
-natural strength. CoS(lam) and CoSMany(lams=[1 + lam]) are the same. The authors advise |λ| ≤ 4.
+natural strength. CoS(lam) and CoSMany(lams=[1 + lam]) mix the same logits. The authors advise |λ| ≤ 4.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class CoSMany(Contrast):
 
     Args:
         lams: λ_k of App. B, one for each context, or one for all. 0 takes a context away, 1 is its natural strength.
-        records: how many of a user's newest records become contexts in `fit`, each one by itself.
+        records: how many of a user's newest records become contexts in `fit`, each one by itself, where one λ is for
+            all; otherwise as many as there are λ.
         steered: as for `Contrast`.
 
     Raises:
@@ -111,7 +112,8 @@ class CoSMany(Contrast):
 
     def fit(self, lm: FrozenLM, history: History) -> UserState:
         """Each of the user's newest records becomes a context."""
-        newest = newest_records(history, self.records)
+        count = self.records if isinstance(self.lams, int | float) else len(self.lams)
+        newest = newest_records(history, count)
         return from_records(self.state([context_of([record]) for record in newest]), newest)
 
     @staticmethod

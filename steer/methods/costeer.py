@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from steer.errors import SteerError
 from steer.inject import Mixture, Stream
-from steer.inject.streams import Touched
-from steer.methods.contrast import Contrast, require_not_negative, require_positive, require_text
+from steer.inject.streams import LARGEST, Touched
+from steer.methods.contrast import Contrast, require_not_negative, require_positive, require_text, require_whole
 from steer.state import UserState
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class CoSteer(Contrast):
         records, steered: as for `Contrast`.
 
     Raises:
-        SteerError: one of them is negative, `anchor` or `eta` is 0, or the coefficient is out of all bounds.
+        SteerError: one of them is negative, `steps` is not whole, `anchor` or `eta` is 0, or the coefficient
+            is out of all bounds.
     """
 
     name: ClassVar[str] = "costeer"
@@ -56,6 +57,7 @@ class CoSteer(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_whole(steps=self.steps)
         require_not_negative(steps=self.steps, alpha=self.alpha, beta=self.beta)
         require_positive(anchor=self.anchor, eta=self.eta)
         coefficient(self.steps, self.alpha, self.beta, self.anchor, self.eta)
@@ -100,8 +102,7 @@ def coefficient(steps: int, alpha: float, beta: float, anchor: float, eta: float
     for t in range(1, steps + 1):
         total += alpha * b + beta
         b = (total + b / eta) / (t * anchor + 1 / eta)
-    # Beyond that, float32 would keep nothing of the other logits.
-    if not abs(b) < 1e6:
+    if not abs(b) < LARGEST:
         raise SteerError(f"after {steps} steps the coefficient is {b:.3g}; take fewer steps, or a larger anchor")
     return b
 

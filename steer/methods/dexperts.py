@@ -61,7 +61,7 @@ class DExperts(Contrast):
         expert: str,
         antiexpert: str,
         alpha: float,
-        top_p: float = 1.0,
+        top_p: float,
         context: str | None = None,
         steered: Touched = "all",
     ) -> Mixture:

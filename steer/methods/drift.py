@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -64,6 +64,8 @@ class Drift(Contrast):
     beta: float = 1.0
     base: str | None = None
     rejected: str = "rejected"
+    # All of a user's choices are read.
+    records: int = field(default=4, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -50,7 +50,8 @@ class MOD(Contrast):
         divergence: "reverse-kl", "forward-kl", or "alpha" for the α-divergence.
         alpha: α, above 0 and up to 1; for the α-divergence only.
         tempered: whether the α-divergence is taken as in the authors' code, without 1/α.
-        records: how many of a user's newest records become contexts in `fit`, one policy each.
+        records: how many of a user's newest records become contexts in `fit`, one policy each, where there are no
+            weights; otherwise as many as there are weights.
         steered: as for `Contrast`.
 
     Raises:
@@ -115,8 +116,8 @@ class MOD(Contrast):
     def mixture(
         weights: Sequence[float] | None,
         divergence: Divergence,
-        alpha: float = 1.0,
-        tempered: bool = False,
+        alpha: float,
+        tempered: bool,
         contexts: Sequence[str | None] | None = None,
         systems: Sequence[str | None] | None = None,
         models: Sequence[str | None] | None = None,
@@ -135,5 +136,5 @@ class MOD(Contrast):
         if divergence == "reverse-kl":
             return Mixture(streams, steered=steered)
         power = -1.0 if divergence == "forward-kl" else -alpha
-        scale = -1.0 if divergence == "alpha" and tempered else 1 / power
+        scale = -1.0 if divergence == "alpha" and tempered else None
         return Mixture(streams, power=power, scale=scale, steered=steered)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 Measure = Literal["change", "kl", "rank"]
 _TITLES: dict[Measure, str] = {
-    "change": "log p with the context − without, nats",
-    "kl": "KL(with the context ‖ without), nats",
-    "rank": "rank without the context over rank with it, log2",
+    "change": "log p with the context − {other}, nats",
+    "kl": "KL(with the context ‖ {other}), nats",
+    "rank": "rank {other} over rank with the context, log2",
 }
 _UNITS: dict[Measure, str] = {"change": "nats", "kl": "nats", "rank": "doublings"}
 
@@ -40,6 +40,7 @@ class Influence:
         rank_without: without a context.
         entropy: of the distribution with each context, in nats.
         entropy_without: of that without.
+        opposite: the context that stands in the place of none in all that is called "without" here; None for none.
     """
 
     names: tuple[str, ...]
@@ -50,6 +51,7 @@ class Influence:
     rank_without: Int[Tensor, " token"]
     entropy: Float[Tensor, "context token"]
     entropy_without: Float[Tensor, " token"]
+    opposite: str | None = None
 
     @property
     def rank_change(self) -> Int[Tensor, "context token"]:
@@ -95,6 +97,7 @@ class Influence:
         by_token = {name: getattr(self, name).tolist() for name in ("change", "kl", "rank", "entropy")}
         totals = {name: getattr(self, name).tolist() for name in ("log_ratio", "mean_kl")}
         return {
+            "opposite": self.opposite,
             "tokens": list(self.tokens),
             "rank_without": self.rank_without.tolist(),
             "entropy_without": self.entropy_without.tolist(),
@@ -109,7 +112,7 @@ class Influence:
             raise SteerError(f"values={values!r} is not one of {', '.join(get_args(Measure))}")
         table = self._log_ranks() if values == "rank" else getattr(self, values)
         return Heat(
-            title=_TITLES[values],
+            title=_TITLES[values].format(other=self._other),
             unit=_UNITS[values],
             names=self.names,
             tokens=self.tokens,
@@ -118,6 +121,10 @@ class Influence:
             notes=[f"{self._total(i)}; {extremes(row, self.tokens)}" for i, row in enumerate(table)],
             signed=values != "kl",
         )
+
+    @property
+    def _other(self) -> str:
+        return "without" if self.opposite is None else "with its opposite"
 
     def _log_ranks(self) -> Float[Tensor, "context token"]:
         """From rank 8 to rank 1 is as far as from 800 to 100."""
@@ -129,6 +136,6 @@ class Influence:
     def _hints(self, context: int) -> Sequence[str]:
         rows = (self.change[context], self.kl[context], self.rank_without, self.rank[context])
         return [
-            f"{change:+.3f} nats, KL {kl:.3f} nats, rank {before} without, {after} with the context"
+            f"{change:+.3f} nats, KL {kl:.3f} nats, rank {before} {self._other}, {after} with the context"
             for change, kl, before, after in zip(*(row.tolist() for row in rows), strict=True)
         ]

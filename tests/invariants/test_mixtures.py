@@ -17,6 +17,7 @@ from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 import steer
 from steer import decoding
 from steer.inject import Mixture, Stream
+from steer.inject.streams import Mix
 
 PROMPTS = ["a prompt", "x", "another, longer one", "the last"]
 STEPS = 5
@@ -254,6 +255,14 @@ def test_stopping_criteria_see_the_rows_of_the_batch(llama: steer.FrozenLM, mode
     assert torch.equal(output.sequences[[0, 1, 3]], free[[0, 1, 3]])
 
 
+@pytest.mark.parametrize("power", [-1.0, -0.5, 1.0, 2.0])
+def test_a_mixture_of_one_stream_is_that_stream(power: float) -> None:
+    """Whatever the power: the scale is its reciprocal unless it is given."""
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    mix = Mix.of([Mixture((Stream(1.0),), power=power), None], [1.0, 1.0], torch.tensor([0, 1]))
+    assert_close(mix(logits).log_softmax(1), logits.log_softmax(1))
+
+
 def test_what_cannot_be_mixed_is_refused(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
     with pytest.raises(steer.SteerError, match="needs the model 'antiexpert'"):
         generate(llama, {"expert": models["expert"]})
@@ -273,15 +282,23 @@ def test_what_cannot_be_mixed_is_refused(llama: steer.FrozenLM, models: dict[str
         ({"streams": ()}, "needs a stream"),
         ({"streams": (Stream(1.0, model="expert"),)}, "cannot be another model's"),
         ({"streams": (Stream(1.0), Stream(-1.0)), "power": 1.0}, "must not be negative"),
+        ({"streams": (Stream(0.0), Stream(0.0)), "power": 1.0}, "one must be above 0"),
+        ({"streams": (Stream(1.0),), "power": -1.0, "scale": 1.0}, "must have the sign of power=-1"),
+        ({"streams": (Stream(1.0),), "power": 1.0, "scale": 0.0}, "must have the sign of power=1"),
+        ({"streams": (Stream(1.0),), "power": 1.0, "scale": float("inf")}, "below 1e\\+06"),
+        ({"streams": (Stream(1.0),), "power": -1e-9}, "take power=0"),
+        ({"streams": (Stream(1.0),), "power": float("nan")}, "power must be finite"),
+        ({"streams": (Stream(1.0),), "scale": 2.0}, "belongs to the arithmetic rule"),
         ({"streams": (Stream(1.0),), "floor": 1.5}, "not a share"),
         ({"streams": (Stream(1.0),), "nucleus": 0.0}, "not a probability"),
         ({"streams": (Stream(1.0),), "steered": "none"}, "not one of all, own, further"),
-        ({"streams": (Stream(1.0),), "scale": float("inf")}, "must be finite"),
     ]:
         with pytest.raises(steer.SteerError, match=message):
             Mixture(**bad)
-    with pytest.raises(steer.SteerError, match="must be finite"):
-        Stream(float("nan"))
+    # In float32, 1e39 would be infinite.
+    for weight in (float("nan"), 1e39, -1e6):
+        with pytest.raises(steer.SteerError, match="must be finite and below"):
+            Stream(weight)
     with pytest.raises(steer.SteerError, match="a system is empty"):
         Stream(1.0, system=" ")
 

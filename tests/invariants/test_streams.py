@@ -220,6 +220,12 @@ def test_a_streamer_is_shown_the_prompt_and_the_rows_own_tokens(llama: steer.Fro
         assert streamer.shown == [llama.tokenizer(prompt).input_ids, *([token] for token in tokens[0]), []]
 
 
+def test_one_number_is_for_all_rows() -> None:
+    expected = steer.StreamEdit.contrast(["x", None, "y"], lam=[1.5, 1.5, 1.5])
+    for lam in (1.5, torch.tensor(1.5)):
+        assert steer.StreamEdit.contrast(["x", None, "y"], lam=lam) == expected
+
+
 def test_what_cannot_be_contrasted_is_refused(llama: steer.FrozenLM) -> None:
     with pytest.raises(steer.SteerError, match="beams cannot be contrasted"):
         generate(llama, num_beams=2)
@@ -234,6 +240,8 @@ def test_what_cannot_be_contrasted_is_refused(llama: steer.FrozenLM) -> None:
         pass
     with pytest.raises(steer.SteerError, match="λ must be finite"):
         steer.StreamEdit.contrast(["x"], torch.tensor([float("nan")]))
+    with pytest.raises(steer.SteerError, match="below 1e"):
+        steer.StreamEdit.contrast(["x"], 1e39)
     with pytest.raises(steer.SteerError, match="a context is empty"):
         steer.StreamEdit.contrast([" "], torch.tensor([1.0]))
     with (
