@@ -268,6 +268,32 @@ def test_a_file_that_cannot_be_written_costs_nothing(tmp_path: Path, monkeypatch
         assert f"{wrong} cannot be written" in str(refused.exception)
 
 
+def test_models_that_states_name_are_given_beside_the_scored_one(
+    tmp_path: Path, llama: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    records = [{"user_id": user, "prompt": "what was asked", "text": "what came"} for user in ("ann", "bob")]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    steer.Bank(tmp_path / "people.bank").update(
+        {(user, "known"): steer.CoSteer(model="small").state(f"I am {user}.") for user in ("ann", "bob")}
+    )
+    with steer.wrap(tiny("gpt2", seed=4), tokenizer()) as small:
+        monkeypatch.setattr("steer.cli.options.load", lambda name, *_: small if name == "tiny" else llama)
+        asked = ["score", str(file), "--bank", str(tmp_path / "people.bank"), "--holdout", "1"]
+        done = CliRunner().invoke(app, [*asked, "--beside", "small=tiny", "--json", str(tmp_path / "out.json")])
+        assert done.exit_code == 0, done.exception
+        state = steer.CoSteer(model="small").state("I am ann.")
+        span = record_span(llama, steer.Record("ann", "what came", "what was asked"))
+        edit = steer.StreamEdit([steer.CoSteer.mixture_of(state)])
+        loss = row_losses(llama, span, [edit], 1, models={"small": small}).item()
+    ann = json.loads((tmp_path / "out.json").read_text())["users"]["ann"]
+    assert ann["nll_own"] == pytest.approx(loss / ann["n_tokens"], rel=1e-5)
+    for wrong, message in ([], "small"), (["--beside", "smal=tiny"], "no state of these rows needs it"):
+        refused = CliRunner().invoke(app, [*asked, *wrong])
+        assert isinstance(refused.exception, steer.SteerError)
+        assert message in str(refused.exception)
+
+
 def test_contexts_are_scored_as_they_are_decoded(lm: steer.FrozenLM) -> None:
     """−log p under each mixture, from forward passes by hand; rows without a context, and another model's logits."""
     record = steer.Record("ann", "what she wrote", "what was asked")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,14 @@ def models_of(state: UserState) -> set[str]:
     from steer.inject import StreamEdit
 
     return StreamEdit([_recipes()[state.provenance.method].mixture_of(state)]).models
+
+
+def require_mentioned(others: Mapping[str, str], states: Iterable[UserState]) -> None:
+    """Raises SteerError for a model of `--beside` that would be loaded for nothing."""
+    mentioned = set().union(*(models_of(state) for state in states if contrasts(state.provenance.method)))
+    if unused := sorted(others.keys() - mentioned):
+        known = f"they name {', '.join(sorted(mentioned))}" if mentioned else "they name none"
+        raise SteerError(f"--beside {unused[0]}={others[unused[0]]}: no state of these rows needs it; {known}")
 
 
 def _state(line: dict[str, Any], recipe: type[Contrast], settings: dict[str, Any]) -> tuple[str, UserState]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steer.cli import options
-from steer.cli.contexts import contrasts, models_of, read_contexts
+from steer.cli.contexts import contrasts, read_contexts, require_mentioned
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
@@ -76,14 +76,7 @@ def generate(
             "--set", help="A hyper-parameter of the --method: --set lam=2. May be repeated.", show_default=False
         ),
     ] = None,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Another model that the --method needs, by its name there, such as small=smollm2-135m; "
-            "may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
+    beside: options.Beside = None,
     unknown_user: Annotated[str, typer.Option(help="error, or plain for rows of users without states.")] = "error",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[
@@ -178,7 +171,7 @@ def generate(
     others = options.parse_beside(beside or [])
     if others:
         given = [state for row in arguments.get("states", []) if row is not None for state in row.values()]
-        _require_mentioned(others, [*given, *_stored(store, people, name)])
+        require_mentioned(others, [*given, *_stored(store, people, name)])
     lm = options.load(model, device, dtype)
     if others:
         arguments["models"] = {name: options.load(other, device, dtype) for name, other in others.items()}
@@ -224,14 +217,6 @@ def _stored(bank: Bank | None, users: list[str | None], names: list[str] | None)
         return []
     rows = [row for user in users if user not in (None, CONTEXT_ROW) for row in bank.rows(user)]
     return [bank[row.user, row.name] for row in rows if contrasts(row.method) and (not names or row.name in names)]
-
-
-def _require_mentioned(others: dict[str, str], states: list[UserState]) -> None:
-    """Raises SteerError for a model of `--beside` that would be loaded for nothing."""
-    mentioned = set().union(*map(models_of, states))
-    if unused := sorted(others.keys() - mentioned):
-        known = f"they name {', '.join(sorted(mentioned))}" if mentioned else "they name none"
-        raise SteerError(f"--beside {unused[0]}={others[unused[0]]}: no state of these rows needs it; {known}")
 
 
 def _sampling(temperature: float | None, limits: dict[str, Any], seed: int, rows: int) -> dict[str, Any]:

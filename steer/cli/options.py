@@ -42,6 +42,13 @@ Instruction = Annotated[
         show_default=False,
     ),
 ]
+Beside = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Another model that states need, by its name there, such as small=smollm2-135m; may be repeated.",
+        show_default=False,
+    ),
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Prompts are texts as they are, without the chat template.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

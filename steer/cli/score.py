@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from steer.cli import options, results
+from steer.cli.contexts import require_mentioned
 from steer.cli.extract import progress_bar
 from steer.errors import SteerError
 
@@ -39,6 +40,7 @@ def score(
         float | None, typer.Option(help="The same, as a share of the residual norm at the site.", show_default=False)
     ] = None,
     instruction: options.Instruction = None,
+    beside: options.Beside = None,
     seed: Annotated[int, typer.Option(help="Of the draw of others.")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write users and totals here as JSON.", show_default=False)
@@ -68,6 +70,8 @@ def score(
         raise SteerError(f"none of the {len(held_out)} users of {history} has a state named {name!r} in {bank}")
     states = dict(zip(users, store.get_many(users, name), strict=True))
     shared = {state.provenance.artifact for state in states.values() if state is not None} - {None}
+    companions = options.parse_beside(beside or [])
+    require_mentioned(companions, [state for state in states.values() if state is not None])
     tell_if_few(others, len(users))
     lm = options.load(model, device, dtype)
     with progress_bar() as progress:
@@ -80,6 +84,7 @@ def score(
             strength=strength,
             dose=dose,
             artifacts={key: store.artifact(key) for key in shared if key is not None},
+            models={name: options.load(other, device, dtype) for name, other in companions.items()},
             seed=seed,
             on_progress=lambda done: progress.update(task, completed=done),
         )
