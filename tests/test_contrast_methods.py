@@ -55,6 +55,18 @@ def llama() -> Iterator[steer.FrozenLM]:
         yield lm
 
 
+@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def precise(dtype: torch.dtype) -> Iterator[steer.FrozenLM]:
+    """What generates; transformers hands logits on in float32."""
+    with steer.wrap(tiny("llama", dtype=dtype), tokenizer(chat=True)) as lm:
+        yield lm
+
+
 @pytest.fixture(scope="module")
 def models() -> Iterator[dict[str, steer.FrozenLM]]:
     with (
@@ -218,7 +230,9 @@ def test_a_bank_keeps_every_recipe(llama: steer.FrozenLM, models: dict[str, stee
     assert len({tuple(tokens) for tokens in given}) > len(users) // 2
 
 
-def test_neutral_values_leave_the_plain_models_tokens(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
+def test_neutral_values_leave_the_plain_models_tokens(
+    precise: steer.FrozenLM, models: dict[str, steer.FrozenLM]
+) -> None:
     plain: list[UserState | None] = [
         CoS(lam=-1.0).state(PIRATE),
         CoSMany(lams=0.0).state([PIRATE, CLERK]),
@@ -246,12 +260,12 @@ def test_neutral_values_leave_the_plain_models_tokens(llama: steer.FrozenLM, mod
         CoSPair(lam=-1.0).state(CLERK, PIRATE),
     ]
     for states, prompt in [(plain, "hello"), (as_text, f"{PIRATE} hello")]:
-        found = llama.generate_tokens(["hello"] * len(states), states=states, models=models, max_new_tokens=6)
-        (expected,) = llama.generate_tokens([prompt], max_new_tokens=6)
+        found = precise.generate_tokens(["hello"] * len(states), states=states, models=models, max_new_tokens=6)
+        (expected,) = precise.generate_tokens([prompt], max_new_tokens=6)
         assert found == [expected] * len(states)
 
 
-def test_the_conventions_meet(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
+def test_the_conventions_meet(precise: steer.FrozenLM, models: dict[str, steer.FrozenLM], dtype: torch.dtype) -> None:
     """The same in the words of different papers."""
     same: list[list[UserState | None]] = [
         [
@@ -282,9 +296,9 @@ def test_the_conventions_meet(llama: steer.FrozenLM, models: dict[str, steer.Fro
         ],
     ]
     for states in same:
-        found = scores(llama, models, states, ["hello"] * len(states))
+        found = scores(precise, models, states, ["hello"] * len(states))
         for row in found[1:]:
-            assert_close(row, found[0])
+            assert_close(row, found[0], 1e-5 if dtype == torch.float32 else 1e-6)
 
 
 def test_closed_forms_are_what_the_iterations_come_to() -> None:

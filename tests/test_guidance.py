@@ -10,7 +10,12 @@ from torch import Tensor
 import steer
 
 # A row without a context is plain, and short and long prompts are padded.
-CONTEXTS = ["I am a retired sailor, and I miss the sea.", None, "I am five.", "I answer to nobody; I live alone, I read."]
+CONTEXTS = [
+    "I am a retired sailor, and I miss the sea.",
+    None,
+    "I am five.",
+    "I answer to nobody; I live alone, I read.",
+]
 PROMPTS = ["Recommend me a hobby.", "What is rain?", "Say hello.", "What should I cook tonight? I have an hour."]
 LAMS = [-0.5, 1.0, 1.0, 3.0]
 

@@ -313,6 +313,30 @@ def test_geometric_is_contrast_with_and_without_a_context() -> None:
     torch.testing.assert_close(contrast(logits, 1.7), expected)
 
 
+def test_the_references_keep_the_papers_identities_in_float64() -> None:
+    """CoS without its context, as plain text, as guidance on log-probabilities and with several; one-hot policies."""
+    own, plain, other = rows = 4 * normal(3, 50).double()
+    owners, one = torch.zeros(3, dtype=torch.long), torch.ones(1, dtype=torch.float64)
+
+    def mixed(*weights: float) -> Tensor:
+        return naive_geometric(rows, torch.tensor(weights, dtype=torch.float64), owners, 1)[0].log_softmax(-1)
+
+    def powered(power: float, *weights: float) -> Tensor:
+        weighted = torch.tensor(weights, dtype=torch.float64)
+        return naive_arithmetic(rows, weighted, owners, 1, power * one, one / power)[0].log_softmax(-1)
+
+    def close(found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(found, expected.log_softmax(-1), rtol=0, atol=1e-12)
+
+    lam = 1.7
+    close(mixed(0, 1, 0), plain)
+    close(mixed(1, 0, 0), own)
+    close(mixed(1 + lam, -lam, 0), plain.log_softmax(-1) + (1 + lam) * (own.log_softmax(-1) - plain.log_softmax(-1)))
+    close(mixed(0.4, 1 - 0.4 - 0.9, 0.9), plain + 0.4 * (own - plain) + 0.9 * (other - plain))
+    for power in (1.0, -1.0, -2.0):
+        close(powered(power, 0, 0, 1), other)
+
+
 @pytest.mark.parametrize("row", [0, 1, 2])
 def test_geometric_with_all_weight_on_one_row_is_that_row(row: int) -> None:
     logits, owners = 4 * normal(3, 50), torch.tensor([0, 0, 0])
