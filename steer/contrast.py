@@ -137,7 +137,7 @@ def log_probs(
     Yields:
         The index of a text, and its streams in the order of `Text.streams`.
     """
-    for batch in by_length({i: len(text.streams) * text.longest for i, text in enumerate(texts)}, batch_tokens):
+    for batch in _batches(texts, batch_tokens):
         rows = [[*prompt, *texts[i].response[:-1]] for i in batch for prompt in texts[i].streams]
         longest = max(len(texts[i].response) for i in batch)
         with lm.steered(states=[None] * len(rows), prompt_lengths=[len(row) for row in rows]) as steering:
@@ -147,6 +147,14 @@ def log_probs(
             own = logits[first : first + len(texts[i].streams), -len(texts[i].response) :]
             first += len(own)
             yield i, own.to(torch.promote_types(own.dtype, torch.float32)).log_softmax(-1)
+
+
+def _batches(texts: Sequence[Text], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of texts that have as many streams each and are of like length."""
+    streams = [len(text.streams) for text in texts]
+    for count in sorted(set(streams), reverse=True):
+        alike = {i: text.longest for i, text in enumerate(texts) if streams[i] == count}
+        yield from by_length(alike, batch_tokens // count)
 
 
 def pairs(

@@ -291,6 +291,21 @@ def test_streams_come_one_text_at_a_time_in_float32(lm: steer.FrozenLM) -> None:
     assert sorted(seen) == [0, 1, 2]
 
 
+def test_no_forward_pass_has_more_tokens_than_it_may(lm: steer.FrozenLM) -> None:
+    """With padding, and texts of many short streams beside texts of one long stream."""
+    many = [text_of(lm, "why?", "so", list("abcdefgh")) for _ in range(3)]
+    texts = [*many, text_of(lm, "why? " * 12, "so", ["a"])]
+    read: list[int] = []
+    handle = lm.attachment.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(next(iter([*args, kwargs.get("input_ids")])).numel()), with_kwargs=True
+    )
+    budget = 2 * max(len(text.streams) * text.longest for text in texts)
+    assert {i for i, _ in log_probs(lm, texts, batch_tokens=budget)} == set(range(4))
+    handle.remove()
+    assert max(read) <= budget
+    assert len(read) < 4
+
+
 def test_half_precision_is_worked_on_in_float32() -> None:
     with steer.wrap(tiny("llama", dtype=torch.bfloat16), tokenizer()) as lm:
         found = infer_lambda(lm, PROMPTS, RESPONSES, CONTEXTS, grid=GRID)
