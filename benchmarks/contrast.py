@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ source_tree.use()
 
 import torch  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, StoppingCriteria  # noqa: E402
 
 import steer  # noqa: E402
 from steer.embedded import resolve  # noqa: E402
@@ -113,35 +114,58 @@ def settings_of(mode: str) -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": config}
 
 
+class Clock(StoppingCriteria):
+    """Notes when each token is there, and stops nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def start(self) -> None:
+        self.times = []
+        self._note()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._note()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def _note(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times.append(time.perf_counter())
+
+
 def measure(
     lm: steer.FrozenLM, bare: Any, mode: str, length: int, batch: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """One case: seconds for one token, which is the prompt's pass, and for the rest."""
-    prompt, settings = prompt_of(lm, length), settings_of(mode)
-    run = {
-        f"{arm}, {tokens} tokens": partial(function, LAM)
-        for tokens in (1, 1 + arguments.tokens)
-        for arm, function in arms(lm, bare, prompt, batch, tokens, settings).items()
-    }
-    seconds = harness.in_turn(run, arguments.rounds)
-    last = f"{1 + arguments.tokens} tokens"
-    first = {arm: seconds[f"{arm}, 1 tokens"] for arm in ARMS}
-    whole = {arm: seconds[f"{arm}, {last}"] for arm in ARMS}
-    rest = {arm: [a - b for a, b in zip(whole[arm], first[arm], strict=True)] for arm in ARMS}
+    """One case: seconds up to the first token, which is the prompt's pass, and of the tokens behind it."""
+    clock, tokens = Clock(lm.device), arguments.tokens
+    settings = settings_of(mode) | {"stopping_criteria": [clock]}
+    run = arms(lm, bare, prompt_of(lm, length), batch, 1 + tokens, settings)
+    first: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    rest: dict[str, list[float]] = {arm: [] for arm in ARMS}
+
+    def timed(arm: str) -> None:
+        clock.start()
+        run[arm](LAM)
+        first[arm].append(clock.times[1] - clock.times[0])
+        rest[arm].append((clock.times[-1] - clock.times[1]) / tokens)
+
+    whole = harness.in_turn({arm: partial(timed, arm) for arm in ARMS}, arguments.rounds)
+    # As `in_turn` leaves out the first round.
+    first, rest = ({arm: seconds[1:] for arm, seconds in part.items()} for part in (first, rest))
     return {
         "mode": mode,
-        "prompt tokens": len(lm.encode(prompt)),
+        "prompt tokens": len(lm.encode(prompt_of(lm, length))),
         "batch": batch,
-        "tokens": arguments.tokens,
+        "tokens": tokens,
         "prompt ms": {arm: 1000 * statistics.median(first[arm]) for arm in ARMS},
-        "ms per token": {arm: 1000 * statistics.median(rest[arm]) / arguments.tokens for arm in ARMS},
-        "ms per token, prompt included": {
-            arm: 1000 * statistics.median(whole[arm]) / (1 + arguments.tokens) for arm in ARMS
-        },
+        "ms per token": {arm: 1000 * statistics.median(rest[arm]) for arm in ARMS},
         "prompt, over plain": {arm: harness.ratio(first[arm], first["plain"]) for arm in ARMS[1:]},
         "token, over plain": {arm: harness.ratio(rest[arm], rest["plain"]) for arm in ARMS[1:]},
         "token, cos over both rows": harness.ratio(rest["cos"], rest["both rows"]),
-        "seconds": seconds,
+        "whole, over plain": {arm: harness.ratio(whole[arm], whole["plain"]) for arm in ARMS[1:]},
+        "seconds": {"prompt": first, "token": rest, "whole": whole},
     }
 
 

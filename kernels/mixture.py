@@ -1,8 +1,8 @@
 """Mixtures of the next-token distributions of several streams, and the filters that belong to them.
 
-Both mixtures take raw logits in float32, bfloat16 or float16 and give float32. Rows 0 … batch−1 are the batch's own
-(`owners[r] == r`); further rows are contrasted streams, any number for each own row. Nothing waits for the device, and
-what changes between users is in tensors.
+Both mixtures take raw logits in float32, bfloat16 or float16 and give float32, or float64 for float64. Rows 0 … batch−1
+are the batch's own (`owners[r] == r`); further rows are contrasted streams, any number for each own row. Nothing waits
+for the device, and what changes between users is in tensors.
 """
 
 from __future__ import annotations
@@ -47,13 +47,15 @@ def geometric(
             `log p_own(token) >= floor + max log p_own`, with floor = log α, and is −inf otherwise. A floor of −inf
             filters nothing.
     """
-    further, scale = owners[batch:], weights[batch:, None]
+    dtype = _working_dtype(logits)
+    weights, further = weights.to(dtype), owners[batch:]
+    scale = weights[batch:, None]
     total = weights[:batch].index_add(0, further, weights[batch:])[:, None]
     cutoffs = _cutoffs(logits[:batch], floors)
-    out = logits.new_empty(batch, logits.shape[1], dtype=torch.float32)
+    out = logits.new_empty(batch, logits.shape[1], dtype=dtype)
     for part in _parts(logits):
-        own = logits[:batch, part].float()
-        differences = logits[batch:, part].float() - own.index_select(0, further)
+        own = logits[:batch, part].to(dtype)
+        differences = logits[batch:, part].to(dtype) - own.index_select(0, further)
         terms = _where_finite(differences.mul_(scale), otherwise=0.0)
         _finish((own * total).index_add_(0, further, terms), own, cutoffs, out[:, part])
     return out
@@ -111,15 +113,16 @@ def arithmetic(
     Args:
         floors: as in `geometric`; the own row is the one that filters.
     """
-    further = owners[batch:]
+    dtype, further = _working_dtype(logits), owners[batch:]
+    weights, powers, scales = weights.to(dtype), powers.to(dtype), scales.to(dtype)
     # A term is 2 ** (slope · logit + offset): powers of 2 take a CPU a quarter of the time of powers of e.
     # The power of a row of weight 0 must not be negative, as its ∞ would meet the −∞ of log 0.
     slopes = (torch.where(weights > 0, powers[owners], 1.0) / math.log(2))[:, None]
     offsets = weights.log2()[:, None] - slopes * _normalizers(logits)[:, None]
     cutoffs = _cutoffs(logits[:batch], floors)
-    out = logits.new_empty(batch, logits.shape[1], dtype=torch.float32)
+    out = logits.new_empty(batch, logits.shape[1], dtype=dtype)
     for part in _parts(logits):
-        terms = (logits[:, part].float() * slopes).add_(offsets)
+        terms = (logits[:, part].to(dtype) * slopes).add_(offsets)
         highest = _highest(terms, further, batch)
         terms.sub_(highest.index_select(0, owners)).exp2_()
         total = terms[:batch].index_add_(0, further, terms[batch:])
@@ -193,6 +196,11 @@ def naive_keep_nucleus(logits: Float[Tensor, "row vocab"], shares: Float[Tensor,
     return out
 
 
+def _working_dtype(logits: Tensor) -> torch.dtype:
+    """At least float32: a mixture in half precision would round each term."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
 def _parts(logits: Tensor) -> list[slice]:
     """The vocabulary in blocks whose intermediate results a CPU keeps in its caches.
 
@@ -207,11 +215,11 @@ def _parts(logits: Tensor) -> list[slice]:
 
 def _normalizers(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
     """`log Σ exp(logits)` of each row; 0 for one that rules out every token, whose terms are infinite anyway."""
-    sums = []
+    dtype, sums = _working_dtype(logits), []
     for part in _parts(logits):
-        block = logits[:, part].float()
+        block = logits[:, part].to(dtype)
         # Of nothing but −inf the highest must be finite: there is no −inf − −inf then.
-        highest = block.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+        highest = block.amax(1, keepdim=True).clamp(min=torch.finfo(dtype).min)
         powers = (block - highest).mul_(1 / math.log(2)).exp2_()
         sums.append(powers.sum(1).log() + highest[:, 0])
     whole = torch.stack(sums).logsumexp(0)
@@ -230,14 +238,14 @@ def _highest(
 
 def _cutoffs(own: Float[Tensor, "own vocab"], floors: Float[Tensor, " own"] | None) -> Float[Tensor, "own 1"] | None:
     """The lowest logit that is still plausible in each own row; the normalizer is on both sides and cancels."""
-    return None if floors is None else (floors + own.amax(1).float())[:, None]
+    return None if floors is None else (floors + own.amax(1).to(_working_dtype(own)))[:, None]
 
 
 def _finish(mixed: Tensor, own: Tensor, cutoffs: Tensor | None, out: Tensor) -> None:
     """Writes the mixture of a block; a token that is ruled out, or not plausible, gets −inf."""
     if cutoffs is not None:
         # By 1 or by 0: no division by 0 is finite. Comparisons into bools and masks are slow on a CPU, this is not.
-        mixed.div_(own.to(torch.float32, copy=True).ge_(cutoffs))
+        mixed.div_(own.to(mixed.dtype, copy=True).ge_(cutoffs))
     _where_finite(mixed, otherwise=float("-inf"), out=out)
 
 

@@ -156,6 +156,11 @@ class Decoding:
         rows = [own[owner] for owner in batch]
         further = [(row, stream, ids) for row, owner in enumerate(batch) for stream, ids in prepared.further[owner]]
         inside = [(row, stream, ids) for row, stream, ids in further if stream.model is None]
+        steps = config.max_length - input_ids.shape[1]
+        first = [
+            (row, mixture.streams[0], own[batch[row]]) for row, mixture in enumerate(mixtures) if mixture is not None
+        ]
+        self._require_room([*first, *further], batch, steps)
         rows += [ids for _, _, ids in inside]
         row_owners = [*range(len(batch)), *(row for row, _, _ in inside)]
         ids, mask, heads = self._padded(rows, [batch[row] for row in row_owners], input_ids.shape[1], config)
@@ -164,8 +169,7 @@ class Decoding:
         weights = [1.0 if mixture is None else mixture.streams[0].weight for mixture in mixtures]
         weights += [stream.weight for _, stream, _ in inside]
         stream_owners, companions = list(row_owners), []
-        steps = config.max_length - input_ids.shape[1]
-        for other, beside in self._beside(further, batch, steps).items():
+        for other, beside in self._beside(further).items():
             rows_of_other = torch.tensor([row for row, _, _ in beside], device=input_ids.device)
             companions.append(Companion(other, [ids for _, _, ids in beside], rows_of_other, config, steps))
             stream_owners += [row for row, _, _ in beside]
@@ -182,23 +186,25 @@ class Decoding:
             prompts=input_ids,
         )
 
+    def _require_room(self, streams: Sequence[tuple[int, Stream, list[int]]], batch: Sequence[int], steps: int) -> None:
+        """Raises SteerError unless what each stream reads, and then writes, fits into the window of its model."""
+        for row, stream, ids in streams:
+            require_room(
+                self.lm if stream.model is None else self.plan.models[stream.model],
+                len(ids) + steps - 1,  # The last token is not read.
+                f"row {batch[row]}: the prompt and what may follow it have",
+                name=stream.model,
+                remedy="shorten the context or the prompt, or lower max_new_tokens",
+            )
+
     def _beside(
-        self, further: Sequence[tuple[int, Stream, list[int]]], batch: Sequence[int], steps: int
+        self, further: Sequence[tuple[int, Stream, list[int]]]
     ) -> dict[FrozenLM, list[tuple[int, Stream, list[int]]]]:
         """The streams of other models. A model that has several names makes one pass for all of them."""
         found: dict[FrozenLM, list[tuple[int, Stream, list[int]]]] = {}
         for row, stream, ids in further:
-            if stream.model is None:
-                continue
-            other = self.plan.models[stream.model]
-            require_room(
-                other,
-                len(ids) + steps - 1,  # The last token is not read.
-                f"row {batch[row]}: the prompt and what may follow it have",
-                name=stream.model,
-                remedy="shorten the prompt, or lower max_new_tokens",
-            )
-            found.setdefault(other, []).append((row, stream, ids))
+            if stream.model is not None:
+                found.setdefault(self.plan.models[stream.model], []).append((row, stream, ids))
         return found
 
     def _padded(

@@ -307,7 +307,9 @@ def _posterior(
     noise: float,
 ) -> LambdaPosterior:
     tokens = torch.tensor([len(text.response) for text in texts])
-    nothing = information <= tokens * (noise / temperature) ** 2
+    # Where λ makes a text certain, the information vanishes as well: then the likelihoods of the grid tell it apart.
+    alike = log_likelihood.amax(1) - log_likelihood.amin(1) <= tokens * (lams[-1] - lams[0]) * noise / temperature
+    nothing = alike & (information <= tokens * (noise / temperature) ** 2)
     edge = (lam == lams[-1]).long() - (lam == lams[0]).long()
     # The slope that Newton's method ends with is 0 but for rounding, unless it is at an end.
     slope = torch.where(edge != 0, slope.abs(), 0.0)

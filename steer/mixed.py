@@ -132,4 +132,5 @@ def _mixed(mixture: Mixture, streams: Sequence[Float[Tensor, "token vocab"]]) ->
     count = len(own)
     weights = [stream.weight for stream in mixture.streams for _ in range(count)]
     owners = torch.arange(count, device=own.device).repeat(len(streams))
-    return Mix.of([mixture] * count, weights, owners)(torch.cat([own, *as_wide(own, others)]))
+    mix = Mix.of([mixture] * count, weights, owners, torch.promote_types(own.dtype, torch.float32))
+    return mix(torch.cat([own, *as_wide(own, others)]))

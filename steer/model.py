@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from transformers import StopStringCriteria
 
 from steer.architectures import architecture_of, find_decoder
 from steer.attach import Attachment
@@ -355,6 +356,12 @@ class FrozenLM:
         config = generate.get("generation_config")
         limit = {} if config is not None or "max_length" in generate else {"max_new_tokens": 64}
         generate = limit | ({} if config is not None else {"pad_token_id": self.pad_token_id}) | generate
+        if (strings := generate.pop("stop_strings", None)) is not None:
+            # Of transformers' own accord nothing would do this: it forgets a tokenizer where decoding is not its own.
+            if self.tokenizer is None:
+                raise SteerError("this model was wrapped without a tokenizer, which stop_strings need")
+            stop = StopStringCriteria(self.tokenizer, strings)
+            generate["stopping_criteria"] = [*(generate.get("stopping_criteria") or ()), stop]
         if users is None and states is None and not edits:
             states = [None] * len(prompts)
         with self.steered(

@@ -76,6 +76,12 @@ def _plan_of(lm: FrozenLM, edits: Sequence[Edit], rows: int, models: Mapping[str
     plan = Plan.of(lm, edits, rows, models)
     if plan.neighbours:
         raise SteerError("neighbours are mixed in while a model generates, and cannot be scored yet")
+    mixtures = () if plan.streams is None else plan.streams.mixtures
+    if any(mixture is not None and mixture.rules_out for mixture in mixtures):
+        raise SteerError(
+            "a mixture that rules tokens out gives a text with one of them no probability at all; score it without its "
+            "filter: DExperts(..., top_p=1), or floor=0 and nucleus=1 of a Mixture"
+        )
     if plan.mixes and any(not isinstance(edit, StreamEdit) for edit in edits):
         raise SteerError("states that contrast contexts are scored alone; choose them, or others, by name")
     return plan

@@ -216,13 +216,45 @@ def test_a_text_that_gets_ever_likelier_is_at_the_end_of_the_grid(double: steer.
     assert slope * width + curvature * width**2 / 2 == pytest.approx(norm.ppf(0.975) ** 2 / 2, rel=1e-2)
 
 
-def test_a_context_that_changes_nothing_is_said() -> None:
+def test_a_text_that_the_context_makes_certain_is_not_one_that_it_does_not_change() -> None:
+    """At the end of the grid the likeliest token has all the probability, so that the information vanishes there."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(200)
+    with steer.wrap(model, tokenizer()) as lm:
+        logits = [
+            lm.model(input_ids=torch.tensor([lm.tokenizer(text).input_ids])).logits[0, -1].detach()
+            for text in ("I shout. greet me", "greet me")
+        ]
+        token = int((logits[0] - logits[1]).argmax())
+        found = infer_lambda(lm, ["greet me"], [[token]], ["I shout."], grid=GRID)
+    assert found.information.item() < 1e-15
+    assert found.log_likelihood[0, 0].item() < -100
+    assert (found.informative, found.edge.item(), found.lam.item()) == ([True], 1, GRID[-1])
+
+
+def barely_attending(share: float) -> Any:
     """Without attention a token sees nothing but itself."""
     model = tiny("llama")
     with torch.no_grad():
         for block in model.model.layers:
-            block.self_attn.o_proj.weight.zero_()
-    with steer.wrap(model, tokenizer()) as lm, pytest.warns(UserWarning, match="changes nothing in 3 of 3 texts"):
+            block.self_attn.o_proj.weight.mul_(share)
+    return model
+
+
+def test_a_context_that_changes_little_is_informative() -> None:
+    with steer.wrap(barely_attending(1e-5), tokenizer()) as lm:
+        found = infer_lambda(lm, PROMPTS, RESPONSES, CONTEXTS, grid=GRID)
+    assert found.informative == [True] * 3
+    # Per token, F is about a thousandth of a nat, and hundreds of times what rounding makes.
+    assert ((found.information / found.tokens).sqrt() < 0.0013).all()
+
+
+def test_a_context_that_changes_nothing_is_said() -> None:
+    with (
+        steer.wrap(barely_attending(0.0), tokenizer()) as lm,
+        pytest.warns(UserWarning, match="changes nothing in 3 of 3 texts"),
+    ):
         found = infer_lambda(lm, PROMPTS, RESPONSES, CONTEXTS, grid=GRID)
     assert found.lam.isnan().all()
     assert found.informative == [False] * 3

@@ -294,6 +294,9 @@ def test_models_that_states_name_are_given_beside_the_scored_one(
         assert message in str(refused.exception)
 
 
+POWER_MEAN = Mixture((Stream(0.4, "I sail."), Stream(0.6)), power=-1.0, scale=-1.0)
+
+
 def test_contexts_are_scored_as_they_are_decoded(lm: steer.FrozenLM) -> None:
     """−log p under each mixture, from forward passes by hand; rows without a context, and another model's logits."""
     record = steer.Record("ann", "what she wrote", "what was asked")
@@ -302,7 +305,7 @@ def test_contexts_are_scored_as_they_are_decoded(lm: steer.FrozenLM) -> None:
         None,
         Mixture.contrast("I sail.", 1.5),
         Mixture((Stream(1.0), Stream(0.5, "I sail.", model="other"), Stream(-0.5, model="other"))),
-        Mixture((Stream(0.4, "I sail."), Stream(0.6)), power=-1.0, scale=-1.0),
+        POWER_MEAN,
     ]
     with steer.wrap(tiny("gpt2", seed=4), tokenizer()) as other:
         losses = row_losses(lm, span, [steer.StreamEdit(mixtures)], 4, models={"other": other})
@@ -320,6 +323,35 @@ def test_contexts_are_scored_as_they_are_decoded(lm: steer.FrozenLM) -> None:
     targets = torch.tensor(lm.tokenizer(record.response).input_ids)[:, None]
     sums = [-scores.log_softmax(-1).gather(1, targets).sum() for scores in expected]
     assert_close(losses.double(), torch.stack(sums))
+
+
+def test_scores_of_a_float64_model_are_in_float64() -> None:
+    record = steer.Record("ann", "what she wrote", "what was asked")
+    with steer.wrap(tiny("llama", dtype=torch.float64), tokenizer()) as lm:
+        span, mixtures = record_span(lm, record), [Mixture.contrast("I sail.", 0.7), POWER_MEAN]
+        losses = row_losses(lm, span, [steer.StreamEdit(mixtures)], 2)
+        response = lm.tokenizer(record.response).input_ids
+        plain, sailing = (
+            lm.model(torch.tensor([[*lm.tokenizer(prompt).input_ids, *response][:-1]]))
+            .logits[0, -len(response) :]
+            .log_softmax(-1)
+            .detach()
+            for prompt in ("what was asked", "I sail. what was asked")
+        )
+    targets = torch.tensor(response)[:, None]
+    for loss, scores in zip(
+        losses, [1.7 * sailing - 0.7 * plain, -(0.4 / sailing.exp() + 0.6 / plain.exp()).log()], strict=True
+    ):
+        assert loss.dtype == torch.float64
+        assert loss.item() == pytest.approx(-scores.log_softmax(-1).gather(1, targets).sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("filters", [{"floor": 0.1}, {"nucleus": 0.9}])
+def test_what_rules_tokens_out_is_not_scored(llama: steer.FrozenLM, filters: dict[str, float]) -> None:
+    span = record_span(llama, steer.Record("ann", "what she wrote", "asked"))
+    mixture = Mixture((Stream(1.5, "I sail."), Stream(-0.5)), **filters)  # type: ignore[arg-type]
+    with pytest.raises(steer.SteerError, match=r"no probability at all; score it without its filter: DExperts"):
+        row_losses(llama, span, [steer.StreamEdit([mixture])], 1)
 
 
 def test_what_cannot_be_scored_under_a_context_is_refused(llama: steer.FrozenLM) -> None:

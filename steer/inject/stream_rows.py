@@ -136,7 +136,9 @@ class _OwnCriterion(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         streams = self.streams
-        done = self.inner(streams.own_ids(input_ids), streams.cut(scores), **kwargs)
+        # There are scores only if somebody asked for them.
+        own = None if scores is None else streams.cut(scores)
+        done = self.inner(streams.own_ids(input_ids), own, **kwargs)
         return done[streams.owners] if isinstance(done, torch.Tensor) else done
 
 

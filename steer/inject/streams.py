@@ -118,17 +118,24 @@ class Mixture:
         return 1 / self.power if self.scale is None else self.scale
 
     @classmethod
-    def contrast(cls, context: str | None, lam: float, *, against: str | None = None) -> Mixture:
+    def contrast(
+        cls, context: str | None, lam: float, *, against: str | None = None, steered: Touched = "all"
+    ) -> Mixture:
         """`(1 + λ) · logits(context) − λ · logits(against)`: CoS, Eq. 3; the prompt alone where `against` is None."""
         if not math.isfinite(lam):
             raise SteerError(f"λ must be finite, got {lam}")
-        return cls((Stream(1 + lam, context), Stream(-lam, against)))
+        return cls((Stream(1 + lam, context), Stream(-lam, against)), steered=steered)
 
     @property
     def contrasts_edits(self) -> bool:
         """Whether its streams differ in nothing but the row's other edits."""
         read = {(stream.context, stream.system, stream.model) for stream in self.streams}
         return self.steered != "all" and len(self.streams) > 1 and len(read) == 1
+
+    @property
+    def rules_out(self) -> bool:
+        """Whether it leaves the unlikely tokens of the row itself no probability."""
+        return self.floor > 0 or self.nucleus < 1
 
     def touches(self, stream: int) -> bool:
         """Whether a stream of the steered model carries the row's other edits."""
@@ -143,7 +150,12 @@ class StreamEdit:
 
     @classmethod
     def contrast(
-        cls, contexts: Sequence[str | None], lam: float | Sequence[float] | Float[Tensor, " batch"], **settings: str
+        cls,
+        contexts: Sequence[str | None],
+        lam: float | Sequence[float] | Float[Tensor, " batch"],
+        *,
+        against: str | None = None,
+        steered: Touched = "all",
     ) -> StreamEdit:
         """Contrasts row b with and without `contexts[b]`: CoS of strength λ_b (see `Mixture.contrast`).
 
@@ -155,8 +167,11 @@ class StreamEdit:
             values = values.expand(len(contexts))
         if values.shape != (len(contexts),):
             raise SteerError(f"{len(contexts)} contexts and {values.numel()} λ; give one for each, or one for all")
-        rows = zip(contexts, values.tolist(), strict=True)
-        return cls([None if context is None else Mixture.contrast(context, own, **settings) for context, own in rows])
+
+        def mixture(context: str | None, own: float) -> Mixture | None:
+            return None if context is None else Mixture.contrast(context, own, against=against, steered=steered)
+
+        return cls(list(map(mixture, contexts, values.tolist())))
 
     @property
     def models(self) -> set[str]:
@@ -200,29 +215,40 @@ class Mix:
     nuclei: Float[Tensor, " batch"] | None
 
     @classmethod
-    def of(cls, mixtures: Sequence[Mixture | None], weights: Sequence[float], owners: Int[Tensor, " stream"]) -> Mix:
-        """Puts the rows' mixtures into tensors on the device of `owners`."""
+    def of(
+        cls,
+        mixtures: Sequence[Mixture | None],
+        weights: Sequence[float],
+        owners: Int[Tensor, " stream"],
+        dtype: torch.dtype = torch.float32,
+    ) -> Mix:
+        """Puts the rows' mixtures into tensors of this dtype on the device of `owners`."""
         rows = [mixture or Mixture((Stream(1.0),)) for mixture in mixtures]
 
         def tensor(values: Sequence[float], neutral: float) -> Tensor | None:
-            return None if set(values) == {neutral} else torch.tensor(values, device=owners.device)
+            return None if set(values) == {neutral} else torch.tensor(values, dtype=dtype, device=owners.device)
 
         powers = tensor([row.power for row in rows], 0.0)
+        scales = torch.tensor([row.log_scale for row in rows], dtype=dtype, device=owners.device)
         return cls(
-            weights=torch.tensor(weights, dtype=torch.float32, device=owners.device),
+            weights=torch.tensor(weights, dtype=dtype, device=owners.device),
             owners=owners,
             batch=len(rows),
             powers=powers,
-            scales=None if powers is None else torch.tensor([row.log_scale for row in rows], device=owners.device),
+            scales=None if powers is None else scales,
             only_arithmetic=all(row.power for row in rows),
             floors=tensor([math.log(row.floor) if row.floor else -math.inf for row in rows], -math.inf),
             nuclei=tensor([row.nucleus for row in rows], 1.0),
         )
 
     def __call__(self, logits: Float[Tensor, "stream vocab"]) -> Float[Tensor, "batch vocab"]:
-        """Mixes raw logits, in float32."""
-        if self.nuclei is not None:
-            logits = torch.cat([keep_nucleus(logits[: self.batch], self.nuclei), logits[self.batch :]])
+        """Mixes raw logits, in float32 at least."""
+        mixed = self._mixed(logits)
+        if self.nuclei is None:
+            return mixed
+        return mixed.masked_fill_(keep_nucleus(logits[: self.batch], self.nuclei).isneginf(), -math.inf)
+
+    def _mixed(self, logits: Float[Tensor, "stream vocab"]) -> Float[Tensor, "batch vocab"]:
         if self.powers is None or self.scales is None:
             return geometric(logits, self.weights, self.owners, self.batch, self.floors)
         # A weight below 0 belongs to a row under the other rule.

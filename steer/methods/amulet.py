@@ -15,7 +15,7 @@ Amulet's own λ is another thing, and called `anchor` here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from steer.inject import Mixture
@@ -76,7 +76,7 @@ class Amulet(Contrast):
     def mixture(context: str, steps: int, alpha: float, anchor: float, eta: float, steered: Touched = "all") -> Mixture:
         """The closed form."""
         lam = coefficient(steps, alpha, alpha, anchor, eta)
-        return replace(Mixture.contrast(context, lam), steered=steered)
+        return Mixture.contrast(context, lam, steered=steered)
 
 
 def naive_policy(

@@ -15,7 +15,7 @@ natural strength. CoS(lam) and CoSMany(lams=[1 + lam]) mix the same logits. The 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from steer.errors import SteerError
@@ -71,7 +71,7 @@ class CoS(Contrast):
     @staticmethod
     def mixture(context: str, lam: float, steered: Touched = "all") -> Mixture:
         """Eq. 3."""
-        return replace(Mixture.contrast(context, lam), steered=steered)
+        return Mixture.contrast(context, lam, steered=steered)
 
 
 @dataclass
@@ -172,4 +172,4 @@ class CoSPair(Contrast):
         positive: str, negative: str, lam: float, rejected: str = "rejected", steered: Touched = "all"
     ) -> Mixture:
         """Eq. 3 with C⁻ in the place of ∅."""
-        return replace(Mixture.contrast(positive, lam, against=negative), steered=steered)
+        return Mixture.contrast(positive, lam, against=negative, steered=steered)

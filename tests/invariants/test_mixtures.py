@@ -255,6 +255,58 @@ def test_stopping_criteria_see_the_rows_of_the_batch(llama: steer.FrozenLM, mode
     assert torch.equal(output.sequences[[0, 1, 3]], free[[0, 1, 3]])
 
 
+def test_criteria_of_generate_itself(llama: steer.FrozenLM) -> None:
+    """As a caller has them, without asking for scores: a time, an own criterion and strings."""
+    states = [None, steer.CoS(lam=1.5).state("I sail.")]
+    free = llama.generate(["a", "b"], states=states, max_new_tokens=12)
+    assert llama.generate(["a", "b"], states=states, max_new_tokens=12, max_time=600.0) == free
+    shown: list[int] = []
+
+    def third(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        shown.append(len(input_ids))
+        return torch.full((len(input_ids),), len(shown) == 3)
+
+    criteria = StoppingCriteriaList([third])
+    tokens = llama.generate_tokens(["a", "b"], states=states, max_new_tokens=12, stopping_criteria=criteria)
+    assert shown == [2, 2, 2]
+    assert {len(row) for row in tokens} == {3}
+    for row, state in enumerate(states):
+        stop = free[row][4]
+        (cut,) = llama.generate(["ab"[row]], states=[state], max_new_tokens=12, stop_strings=[stop])
+        assert cut == free[row][: free[row].index(stop) + 1]
+
+
+def test_filters_rule_out_the_same_tokens_under_both_rules() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -3.0], [-3.0, 0.0, 1.0, 2.0]])
+    own = logits[0].softmax(-1)
+    for filters, kept in [({"nucleus": 0.7}, own >= own[1]), ({"floor": 0.3}, own >= 0.3 * own[0])]:
+        assert kept.tolist() == [True, True, False, False]
+        for power in (0.0, 1.0, -1.0):
+            streams = (Stream(0.5), Stream(0.5, "x"))
+            free, filtered = (
+                Mix.of([Mixture(streams, power=power, **own)], [0.5, 0.5], torch.tensor([0, 0]))(logits)[0]
+                for own in ({}, filters)
+            )
+            assert torch.equal(filtered, free.masked_fill(~kept, float("-inf")))
+
+
+@pytest.mark.parametrize("negative", [None, "c" * 120])
+def test_a_row_reads_and_writes_no_more_than_the_window(negative: str | None) -> None:
+    """What a stream writes counts, and the longest stream decides."""
+    with steer.wrap(tiny("opt"), tokenizer()) as lm:
+        state = steer.Guidance().state(context="a" * 100, negative=negative)
+        taken = len(lm.tokenizer("c" * (100 if negative is None else 120) + " hello").input_ids)
+        room = lm.window - taken + 1  # type: ignore[operator]
+        assert len(lm.generate_tokens(["hello"], states=[state], max_new_tokens=room, eos_token_id=None)[0]) == room
+        with pytest.raises(steer.SteerError, match=r"row 0: .* 201 tokens and the model's window is 200; shorten"):
+            lm.generate_tokens(["hello"], states=[state], max_new_tokens=room + 1)
+
+
+def test_the_handy_constructor_says_what_streams_carry() -> None:
+    edit = steer.StreamEdit.contrast(["a", None], [1.0, 2.0], against="b", steered="own")
+    assert edit.mixtures == [Mixture((Stream(2.0, "a"), Stream(-1.0, "b")), steered="own"), None]
+
+
 @pytest.mark.parametrize("power", [-1.0, -0.5, 1.0, 2.0])
 def test_a_mixture_of_one_stream_is_that_stream(power: float) -> None:
     """Whatever the power: the scale is its reciprocal unless it is given."""
