@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import PAD, VOCABULARY, tiny, tokenizer, unwrapped
@@ -299,8 +300,15 @@ def test_what_cannot_be_mixed_is_refused(llama: steer.FrozenLM, models: dict[str
     for weight in (float("nan"), 1e39, -1e6):
         with pytest.raises(steer.SteerError, match="must be finite and below"):
             Stream(weight)
-    with pytest.raises(steer.SteerError, match="a system is empty"):
-        Stream(1.0, system=" ")
+    for weight in ("a", None, True):
+        with pytest.raises(steer.SteerError, match="must be finite and below"):
+            Stream(weight)  # type: ignore[arg-type]
+    assert Stream(np.float32(0.5)) == Stream(0.5)  # type: ignore[arg-type]
+    for name in ("context", "system", "model"):
+        with pytest.raises(steer.SteerError, match=f"a {name} is empty"):
+            Stream(1.0, **{name: " "})
+        with pytest.raises(steer.SteerError, match=f"the {name} of a stream must be text, got 5"):
+            Stream(1.0, **{name: 5})  # type: ignore[arg-type]
 
 
 def test_nobody_steers_a_companion_meanwhile(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
