@@ -114,6 +114,9 @@ def test_bad_input_is_told_before_anything_runs(model: steer.FrozenLM, monkeypat
     for contexts, arguments, said in (
         ([], {}, "one or more contexts"),
         (["a", "a"], {}, "all different"),
+        ({"one": "a", "other": "a"}, {}, "all different; got {'one': 'a', 'other': 'a'}"),
+        ({"one": 5}, {}, "a context must be text, got 5"),
+        (["a"], {"response": [5, 100]}, "the token 100; .* from 0 to 99"),
         ([" "], {}, "a context is empty"),
         (["a"], {"response": ""}, "a response is empty"),
         (["a"], {"opposite": "a"}, "its own opposite"),

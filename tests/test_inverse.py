@@ -351,13 +351,18 @@ def test_half_precision_is_worked_on_in_float32() -> None:
         ({"grid": []}, "λ must be finite"),
         ({"grid": [0.0, math.nan]}, "λ must be finite"),
         ({"grid": [0.0, math.inf]}, "λ must be finite"),
+        ({"grid": ["1"]}, "λ must be finite, and at least one, got \\['1'\\]"),
+        ({"grid": None}, "λ must be finite, and at least one, got None"),
         ({"grid": [1.0]}, "two or more λ in rising order"),
         ({"grid": [1.0, 0.0]}, "two or more λ in rising order"),
         ({"grid": [1.0, 1.0]}, "two or more λ in rising order"),
         ({"grid": [0.0, 1.0], "prior": [1.0]}, "a weight for each λ of the grid: 2, not 1"),
         ({"grid": [0.0, 1.0], "prior": [-1.0, 1.0]}, "none is below 0"),
         ({"grid": [0.0, 1.0], "prior": [0.0, 0.0]}, "one is above"),
+        ({"grid": [0.0, 1.0], "prior": ["a", "b"]}, "a prior's weights are numbers"),
         ({"level": 1.0}, "level=1.0 is not between"),
+        ({"level": "a"}, "level=a is not between"),
+        ({"temperature": "a"}, "temperature=a is not above 0"),
         ({"temperature": 0.0}, "temperature=0.0 is not above 0"),
         ({"prompts": "hi"}, "`prompts` holds one entry a text"),
         ({"contexts": "hi"}, "`contexts` holds one entry a text"),
@@ -369,6 +374,11 @@ def test_half_precision_is_worked_on_in_float32() -> None:
         ({"opposites": ["I shout."]}, "its own opposite"),
         ({"responses": [""]}, "a response is empty"),
         ({"responses": [[]]}, "a response is empty"),
+        ({"responses": [[5, 100]]}, "a response has the token 100; this model's are whole numbers from 0 to 99"),
+        ({"responses": [[5, -1]]}, "a response has the token -1"),
+        ({"responses": [[5, 1.0]]}, "a response has the token 1.0"),
+        ({"responses": [["HELLO"]]}, "a response has the token 'HELLO'"),
+        ({"contexts": [5]}, "a context must be text, got 5"),
         ({"prompts": [""]}, "a prompt is empty"),
         ({"prompts": [[5, 6]]}, "a context needs a prompt of text"),
         ({"contexts": ["x" * 200]}, "214 tokens and the model's window is 200"),
@@ -382,6 +392,14 @@ def test_bad_input_is_told_before_anything_runs(
         arguments = {"prompts": ["greet me"], "responses": ["HELLO"], "contexts": ["I shout."]} | changed
         with pytest.raises(steer.SteerError, match=said):
             infer_lambda(lm, **arguments)
+
+
+def test_token_ids_of_any_kind_are_the_same(llama: steer.FrozenLM) -> None:
+    # The last token that the model has is one.
+    ids = [*llama.tokenizer("HELLO").input_ids, 99]
+    given = [ids, tuple(ids), torch.tensor(ids), np.array(ids)]
+    found = infer_lambda(llama, ["greet me"] * 4, given, ["I shout."] * 4)  # type: ignore[arg-type]
+    assert (found.log_likelihood == found.log_likelihood[0]).all()
 
 
 def test_bad_candidates_are_told_before_anything_runs(llama: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
