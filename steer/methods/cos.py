@@ -58,7 +58,7 @@ class CoS(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_finite(λ=self.lam)
+        require_finite(lam=self.lam)
 
     def state(self, context: str) -> UserState:
         """The state of a user about whom `context` is known, such as "I am a beginner."
@@ -97,7 +97,7 @@ class CoSMany(Contrast):
     def __post_init__(self) -> None:
         super().__post_init__()
         for lam in [self.lams] if isinstance(self.lams, int | float) else self.lams:
-            require_finite(λ=lam)
+            require_finite(lams=lam)
 
     def state(self, contexts: Sequence[str]) -> UserState:
         """The state of a user about whom all this is known.
@@ -107,7 +107,7 @@ class CoSMany(Contrast):
         """
         if isinstance(contexts, str) or not contexts:
             raise SteerError("`contexts` holds one text or more, such as ['I am a beginner.', 'I like birds.']")
-        one_each("λ", self.lams, contexts)
+        one_each("lams", self.lams, contexts)
         return self._made({"contexts": [require_text(context) for context in contexts]})
 
     def fit(self, lm: FrozenLM, history: History) -> UserState:
@@ -119,7 +119,7 @@ class CoSMany(Contrast):
     @staticmethod
     def mixture(contexts: Sequence[str], lams: float | Sequence[float], steered: Touched = "all") -> Mixture:
         """The equation of App. B; the row itself is the prompt without a context."""
-        weights = one_each("λ", lams, contexts)
+        weights = one_each("lams", lams, contexts)
         further = (Stream(weight, context) for weight, context in zip(weights, contexts, strict=True))
         return Mixture((Stream(1 - sum(weights)), *further), steered=steered)
 
@@ -144,7 +144,7 @@ class CoSPair(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_finite(λ=self.lam)
+        require_finite(lam=self.lam)
 
     def state(self, positive: str, negative: str) -> UserState:
         """The state of a user who is such as `positive` says, and not such as `negative` does.
