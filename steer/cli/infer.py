@@ -132,7 +132,7 @@ def _line(given: dict[str, str | None], entry: dict[str, object], where: str) ->
         if value is None and name != "opposite":
             remedy = "write it into the line" if name == "response" and entry else f"--{name} gives one"
             raise SteerError(f"{where}: there is no {name}; {remedy}")
-        if value is not None and not value.strip():
+        if isinstance(value, str) and not value.strip():
             raise SteerError(f"--{name} is empty" if entry.get(name) is None else f"{where}: `{name}` is empty")
     line = _Line(**own)  # type: ignore[arg-type]
     try:
