@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 # Beyond |λ| = 4 texts fall apart, say the authors.
 GRID = tuple(round(-4 + 0.2 * i, 1) for i in range(41))
 
+_SHOWN = 4
 _STEPS = 100
 _TOLERANCE = 1e-6
 # What rounding alone makes of F, in units of the dtype: at most so much per token (SmolLM2 in float32 and bfloat16).
@@ -87,6 +88,12 @@ class LambdaPosterior:
     tokens: Int[Tensor, " text"]
     level: float
     temperature: float
+
+    def __repr__(self) -> str:
+        texts = zip(self.lam.tolist(), self.low.tolist(), self.high.tolist(), strict=True)
+        shown = [f"{lam:+.2f} [{low:+.2f}, {high:+.2f}]" for lam, low, high in texts]
+        few = [*shown[:_SHOWN], *(["…"] if len(shown) > _SHOWN else [])]
+        return f"LambdaPosterior({len(shown)} texts, λ with its {self.level:.0%} interval: {', '.join(few)})"
 
     @property
     def informative(self) -> list[bool]:

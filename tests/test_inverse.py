@@ -422,6 +422,17 @@ def test_a_model_without_a_tokenizer_reads_no_texts() -> None:
         infer_lambda(lm, ["greet me"], ["HELLO"], ["I shout."])
 
 
+def test_its_repr_has_the_first_texts_and_no_tensors(double: steer.FrozenLM) -> None:
+    found = infer_lambda(double, PROMPTS * 2, RESPONSES * 2, CONTEXTS * 2, grid=GRID)
+    one = f"{found.lam[0]:+.2f} [{found.low[0]:+.2f}, {found.high[0]:+.2f}], "
+    shown = repr(found)
+    assert shown.startswith(f"LambdaPosterior(6 texts, λ with its 95% interval: {one}")
+    assert shown.endswith("], …)")
+    assert shown.count(one) == 2
+    assert "tensor" not in shown
+    assert "…" not in repr(infer_lambda(double, PROMPTS[:1], RESPONSES[:1], CONTEXTS[:1], grid=GRID))
+
+
 # The command.
 
 
@@ -492,7 +503,9 @@ def test_steer_infer_lambda_says_what_is_wrong(texts: Path, monkeypatch: pytest.
         ([file(b"[]")], "bad.jsonl:1: expected an object"),
         ([file(b"\n{")], "bad.jsonl:2: not JSON"),
         ([file(b"\xff")], "bad.jsonl:1: not JSON"),
-        ([texts, "-c", "a", "--grid", "1:0:0.1"], "λ must be finite"),
+        ([texts, "-c", "a", "--grid", "1:0:0.1"], "--grid 1:0:0.1 runs from high to low"),
+        ([texts, "-c", "a", "--grid", "1:0:-0.1"], "--grid 1:0:-0.1 runs from high to low"),
+        ([texts, "-c", "a", "--grid", "0:1:-0.1"], "--grid 0:1:-0.1 runs from high to low"),
         ([texts, "-c", "a", "--grid", "0:1:0"], "no list such as"),
         ([texts, "-c", "a", "--grid", "0:1"], "no list such as"),
         ([texts, "-c", "a", "--grid", "a,b"], "no list such as"),
@@ -500,9 +513,21 @@ def test_steer_infer_lambda_says_what_is_wrong(texts: Path, monkeypatch: pytest.
         ([texts, "-c", "a", "--grid", "1,0"], "in rising order"),
         ([texts, "-c", "a", "--level", 2], "level=2.0 is not between"),
         ([texts, "-c", "a", "--temperature", 0], "temperature=0.0 is not above 0"),
-        ([texts, "-c", " "], "texts.jsonl:1: a context is empty$"),
+        ([texts, "-c", " "], "^--context is empty$"),
+        ([texts, "-c", "a", "--opposite", ""], "^--opposite is empty$"),
         ([texts, "-c", "a", "--opposite", "a"], "texts.jsonl:1: 'a' is its own opposite"),
-        (["-p", "x", "-c", "a", "-r", ""], "there is no response"),
+        (["-p", "x", "-c", "a", "-r", ""], "^--response is empty$"),
+        ([file(b'{"prompt": "a", "response": "", "context": "b"}')], "bad.jsonl:1: `response` is empty$"),
+        ([file(b'{"prompt": "a", "text": "b", "context": " "}')], "bad.jsonl:1: `context` is empty$"),
+        ([file(b'{"prompt": "a", "context": "b"}')], "bad.jsonl:1: there is no response; write it into the line$"),
+        ([file(b'{"response": "a", "context": "b"}')], "bad.jsonl:1: there is no prompt; --prompt gives one$"),
+        (
+            [file(b'{"prompt": "a", "text": "b", "context": "c", "oposite": "d"}')],
+            "bad.jsonl:1: 'oposite' is no key of a line, but 'opposite' is; it has prompt, response",
+        ),
+        ([file(b'{"prompt": "a", "text": "b", "context": "c", "zzz": 1}')], "'zzz' is no key of a line; it has"),
+        ([texts.parent], "is a folder; give a file"),
+        ([texts, "-c", "a", "--png", texts.parent / "x.xyz"], "x.xyz has the ending of no picture; there are .*png"),
         ([texts, "-c", "a", "--png", texts.parent / "none" / "x.png"], "cannot be written"),
     ):
         with pytest.raises(steer.SteerError, match=said):

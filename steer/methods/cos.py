@@ -60,7 +60,7 @@ class CoS(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.lam = require_finite("λ", self.lam)
+        self.lam = require_finite("lam", self.lam)
 
     def state(self, context: str) -> UserState:
         """The state of a user about whom `context` is known, such as "I am a beginner."
@@ -99,9 +99,9 @@ class CoSMany(Contrast):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.lams, Real):
-            self.lams = require_finite("λ", self.lams)
+            self.lams = require_finite("lams", self.lams)
         else:
-            self.lams = [require_finite("λ", lam) for lam in require_list("lams", self.lams)]
+            self.lams = [require_finite("lams", lam) for lam in require_list("lams", self.lams)]
 
     def state(self, contexts: Sequence[str]) -> UserState:
         """The state of a user about whom all this is known.
@@ -110,7 +110,7 @@ class CoSMany(Contrast):
             SteerError: there are no contexts, one is empty, or there is not one λ for each.
         """
         texts = [require_text(context) for context in require_list("contexts", contexts)]
-        one_each("λ", self.lams, texts)
+        one_each("lams", self.lams, texts)
         return self._made({"contexts": texts})
 
     def fit(self, lm: FrozenLM, history: History) -> UserState:
@@ -122,7 +122,7 @@ class CoSMany(Contrast):
     @staticmethod
     def mixture(contexts: Sequence[str], lams: float | Sequence[float], steered: Touched = "all") -> Mixture:
         """The equation of App. B; the row itself is the prompt without a context."""
-        weights = one_each("λ", lams, contexts)
+        weights = one_each("lams", lams, contexts)
         further = (Stream(weight, context) for weight, context in zip(weights, contexts, strict=True))
         return Mixture((Stream(1 - sum(weights)), *further), steered=steered)
 
@@ -147,7 +147,7 @@ class CoSPair(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.lam = require_finite("λ", self.lam)
+        self.lam = require_finite("lam", self.lam)
 
     def state(self, positive: str, negative: str) -> UserState:
         """The state of a user who is such as `positive` says, and not such as `negative` does.
