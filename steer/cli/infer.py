@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 60
 _KEYS = ("prompt", "response", "text", "context", "opposite")
+# What a line of a history may have besides, and nobody asks for here.
+_PASSED_OVER = ("id", "user_id", "time")
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _read(file: Path, given: dict[str, str | None]) -> list[_Line]:
     """Raises SteerError if the file is missing or holds no texts, or a line is none; the message names the line."""
     lines = []
     for where, entry in read_lines(file, "`prompt`, `response` and `context`"):
-        if wrong := [key for key in entry if key not in _KEYS]:
+        if wrong := [key for key in entry if key not in _KEYS + _PASSED_OVER]:
             raise SteerError(
                 f"{where}: {wrong[0]!r} is no key of a line{meant(wrong[0], _KEYS)}; it has prompt, response (or text) "
                 "and context, and may have opposite"
