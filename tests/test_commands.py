@@ -154,7 +154,7 @@ def test_generate_contrasts_every_user_by_a_context_of_their_own(
             ["--method", "drift"],
             """:1: drift needs attributes: --set 'attributes={"formal": "Answer formally."}'$""",
         ),
-        ('{"user_id": "ann", "contexts": 5}', ["--method", "mod"], ":1: mod: a value is of the wrong kind"),
+        ('{"user_id": "ann", "contexts": 5}', ["--method", "mod"], ":1: contexts must be a list of one or more, got 5"),
         (
             '{"user_id": "ann", "expert": "e", "antiexpert": "a"}',
             ["--method", "proxy-tuning"],

@@ -177,7 +177,7 @@ def test_names_and_answers_are_shown_as_text(model: steer.FrozenLM, tmp_path: Pa
 
 
 def test_its_repr_has_the_totals_and_no_tensors(model: steer.FrozenLM) -> None:
-    found = influence(model, PROMPT, RESPONSE, CONTEXTS | {"n" * 300: "no."})
+    found = influence(model, PROMPT, RESPONSE, CONTEXTS | {"n" * 300: "never"})
     shown = repr(found)
     assert shown.startswith(f"Influence({len(found.tokens)} tokens; 'sea': {found.log_ratio[0]:+.2f} nats in all, KL ")
     assert f"'loud': {found.log_ratio[1]:+.2f} nats" in shown
