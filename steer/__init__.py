@@ -19,6 +19,7 @@ from steer.inject import (
     NeighbourEdit,
     PrefixEdit,
     ProjectionEdit,
+    PromptPrefix,
     ResidualEdit,
     StreamEdit,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "PrefixEdit",
     "PrefixTuning",
     "ProjectionEdit",
+    "PromptPrefix",
     "Provenance",
     "ProxyTuning",
     "Record",

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from steer.cache import head_key
 from steer.inject import PrefixEdit, ResidualEdit
+from steer.inject.prefix import with_prompts
 from steer.read import Kept, Span, by_length
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def response_losses(
     One row a span; the rows of the edits are the rows of the spans. The first token of a sequence is never predicted,
     and what stands behind a span is not run.
     """
+    edits = with_prompts(edits, [span.prompt or "" for span in spans])
     prefixes = sum((edit.lengths for edit in edits if isinstance(edit, PrefixEdit)), torch.zeros(len(spans)).long())
     starts = [max(span.start, 1) + extra for span, extra in zip(spans, prefixes.tolist(), strict=True)]
     targets = _targets(spans).to(lm.device)

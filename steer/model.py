@@ -241,6 +241,15 @@ class FrozenLM:
         )
         return encoded["input_ids"]
 
+    def text_of(self, prompt: Prompt) -> str:
+        """What a prompt asks, without template: its text, that of the last user message, or that of its token ids."""
+        if isinstance(prompt, str):
+            return prompt
+        if prompt and isinstance(prompt[0], int):
+            return "" if self.tokenizer is None else self.tokenizer.decode(prompt, skip_special_tokens=True)
+        last: Any = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")  # type: ignore[index]
+        return last if isinstance(last, str) else " ".join(part["text"] for part in last if part.get("type") == "text")
+
     # Steering.
 
     @contextmanager

@@ -12,7 +12,17 @@ import torch
 
 from steer.companion import require_same_vocabulary
 from steer.errors import SteerError, UnknownUser
-from steer.inject import Condition, Edit, MemoryEdit, NeighbourEdit, PrefixEdit, SiteEdit, StreamEdit
+from steer.inject import (
+    Condition,
+    Edit,
+    MemoryEdit,
+    NeighbourEdit,
+    PrefixEdit,
+    PromptPrefix,
+    SiteEdit,
+    StreamEdit,
+)
+from steer.inject.prefix import with_prompts
 from steer.inject.residual import in_turn
 from steer.method import METHODS, method_of
 from steer.sites import Site
@@ -35,7 +45,10 @@ Amounts = Amount | Mapping[str, Amount]
 
 @dataclass(frozen=True)
 class Plan:
-    """The edits of one batch, in order: streams, prefix, then residual and memory by block, neighbours last."""
+    """The edits of one batch, in order: streams, prefix, then residual and memory by block, neighbours last.
+
+    A prefix that depends on prompts is zeros until there are some; `prefixes` has its parts.
+    """
 
     batch: int
     residual: tuple[SiteEdit, ...] = ()
@@ -44,6 +57,7 @@ class Plan:
     streams: StreamEdit | None = None
     neighbours: tuple[NeighbourEdit, ...] = ()
     models: Mapping[str, FrozenLM] = field(default_factory=dict)
+    prefixes: tuple[PrefixEdit | PromptPrefix, ...] = ()
 
     @classmethod
     def of(cls, lm: FrozenLM, edits: Iterable[Edit], batch: int, models: Mapping[str, FrozenLM] | None = None) -> Plan:
@@ -63,7 +77,8 @@ class Plan:
         residual = tuple(in_turn(e.at(e.site.canonical()) for e in edits if isinstance(e, SiteEdit)))
         memory = tuple(replace(e, site=lm.memory_site(e.site)) for e in edits if isinstance(e, MemoryEdit))
         neighbours = tuple(replace(e, site=e.site.canonical()) for e in edits if isinstance(e, NeighbourEdit))
-        prefixes = [e for e in edits if isinstance(e, PrefixEdit)]
+        parts = tuple(e for e in edits if isinstance(e, PrefixEdit | PromptPrefix))
+        prefixes = [part.blank if isinstance(part, PromptPrefix) else part for part in parts]
         streams = [e for e in edits if isinstance(e, StreamEdit)]
         for edit in residual:
             for what, values in edit.states.items():
@@ -93,7 +108,20 @@ class Plan:
             streams=StreamEdit.merge(streams) if streams else None,
             neighbours=neighbours,
             models=models or {},
+            prefixes=parts,
         )
+
+    def of_prompts(self, prompts: Sequence[str]) -> Plan:
+        """The same plan with the prefixes that depend on what each row is asked.
+
+        Raises:
+            SteerError: they hold values that are not finite.
+        """
+        if not any(isinstance(part, PromptPrefix) for part in self.prefixes):
+            return self
+        prefix = PrefixEdit.concatenate(with_prompts(self.prefixes, prompts))
+        _check("prefixes", prefix.embeddings, self.batch, prefix.embeddings.shape[-1])
+        return replace(self, prefix=prefix)
 
     @property
     def mixes(self) -> bool:

@@ -17,6 +17,7 @@ from steer.branches import Branches
 from steer.errors import SteerError
 from steer.history import History, Record
 from steer.inject import Condition, Edit, PrefixEdit, StreamEdit
+from steer.inject.prefix import with_prompts
 from steer.likelihood import response_losses
 from steer.mixed import heads_of, mixed_losses
 from steer.plan import Amount, Plan, edits_of
@@ -55,6 +56,7 @@ def row_losses(
         SteerError: some edits mix streams and others do not, there is no prompt that a context could stand before, or
             neighbours are to be mixed in.
     """
+    edits = with_prompts(edits, [span.prompt or ""] * rows)
     plan = _plan_of(lm, edits, rows, models)
     if plan.mixes and plan.streams is not None:
         return mixed_losses(lm, span, plan.streams.mixtures, models=models, batch_tokens=batch_tokens)

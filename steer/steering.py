@@ -330,6 +330,12 @@ class Steering:
         """
         if len(prompts) != self.plan.batch:
             raise SteerError(f"{len(prompts)} prompts for a batch of {self.plan.batch}")
+        told = self.plan.of_prompts([self.lm.text_of(prompt) for prompt in prompts])
+        if told is not self.plan:
+            self.plan = told
+            # What is loaded are zeros, or the soft tokens of earlier prompts.
+            self._rows = None
+            self._load(self._plain_rows())
         mixtures = [None] * self.plan.batch if self.plan.streams is None else self.plan.streams.mixtures
         rows, further = [], []
         for row, (prompt, mixture) in enumerate(zip(prompts, mixtures, strict=True)):

@@ -3,11 +3,11 @@
 from steer.inject.condition import Condition, Decision
 from steer.inject.memory import GatedCrossAttention, MemoryEdit
 from steer.inject.neighbours import NeighbourEdit
-from steer.inject.prefix import PrefixEdit
+from steer.inject.prefix import PrefixEdit, PromptPrefix
 from steer.inject.residual import LowRankEdit, ProjectionEdit, ResidualEdit, SiteEdit
 from steer.inject.streams import Mixture, Stream, StreamEdit
 
-Edit = SiteEdit | PrefixEdit | MemoryEdit | StreamEdit | NeighbourEdit
+Edit = SiteEdit | PrefixEdit | PromptPrefix | MemoryEdit | StreamEdit | NeighbourEdit
 
 __all__ = [
     "Condition",
@@ -20,6 +20,7 @@ __all__ = [
     "NeighbourEdit",
     "PrefixEdit",
     "ProjectionEdit",
+    "PromptPrefix",
     "ResidualEdit",
     "SiteEdit",
     "Stream",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ from steer.kernels import overwrite_rows
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,38 @@ class PrefixEdit:
             for row in range(len(edits[0].lengths))
         ]
         return PrefixEdit.from_rows(rows, width)
+
+
+@dataclass(frozen=True)
+class PromptPrefix:
+    """Gives row b the soft tokens `tokens(prompts)[b, :lengths[b]]`, which depend on what it is asked.
+
+    How many they are is known when users are bound, so that the batch can be tokenized. What they are is computed with
+    the prompts at hand, once for all tokens of the answers.
+
+    Attributes:
+        tokens: from the text of each row's prompt to soft tokens, as `PrefixEdit` has them.
+        lengths: of each row; 0 is a row without.
+        width: of the soft tokens.
+    """
+
+    tokens: Callable[[Sequence[str]], Float[Tensor, "batch slot d"]]
+    lengths: Int[Tensor, " batch"]
+    width: int
+
+    def of(self, prompts: Sequence[str]) -> PrefixEdit:
+        """The prefix for these prompts, one a row."""
+        return PrefixEdit(self.tokens(prompts), self.lengths)
+
+    @property
+    def blank(self) -> PrefixEdit:
+        """As many soft tokens of zeros."""
+        return PrefixEdit.from_rows([torch.zeros(int(length), self.width) for length in self.lengths], self.width)
+
+
+def with_prompts(edits: Sequence[T], prompts: Sequence[str]) -> list[T | PrefixEdit]:
+    """The same edits, with those prefixes computed that depend on the rows' prompts."""
+    return [edit.of(prompts) if isinstance(edit, PromptPrefix) else edit for edit in edits]
 
 
 class OverwriteEmbeddings:
