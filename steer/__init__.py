@@ -53,6 +53,7 @@ from steer.read import read
 from steer.sites import Site
 from steer.state import Artifact, Blend, Provenance, UserState
 from steer.steering import Steering
+from steer.text_encoder import TextEncoder
 
 __version__ = "0.1.0"
 
@@ -98,6 +99,7 @@ __all__ = [
     "Steering",
     "StreamEdit",
     "StyleVector",
+    "TextEncoder",
     "TrainedVector",
     "UnknownUser",
     "UserLLM",
