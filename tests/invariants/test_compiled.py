@@ -34,8 +34,8 @@ def every(first: Sequence[str]) -> list[object]:
 PROMPTS = ["a prompt", "x", "another, longer one", "the last"]
 MIDDLE = steer.Site("resid_mid", 1)
 # Two of vectors, 2 + 4 + 4 of the other residual edits, 4 starts and 1 of marks, 12 of the condition, 3 of the memory
-# and 2 of the prefix.
-BUFFERS = 34
+# and 3 of the prefix.
+BUFFERS = 35
 
 
 @pytest.fixture
