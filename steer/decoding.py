@@ -57,7 +57,6 @@ class Bound(Protocol):
     has_prefix: bool
     mixed: bool
     recalling: list[RecallNeighbours]
-    remembered: bool
 
     def remember(self, cache: Cache, owners: Int[Tensor, " row"]) -> None:
         """Writes the plan's keys and values into an empty cache, for rows that belong to these rows of the batch."""

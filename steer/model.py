@@ -309,8 +309,9 @@ class FrozenLM:
         if isinstance(prompt, str):
             return prompt
         parts: list[Any] = [part for part in prompt if not isinstance(part, Place)]
-        texts = [part if isinstance(part, str) else part.get("text", "") for part in parts]
-        return " ".join(text for text in texts if text)
+        if all(isinstance(part, str) for part in parts):
+            return "".join(parts)
+        return " ".join(part["text"] for part in parts if part.get("type") == "text")
 
     # Steering.
 
