@@ -136,13 +136,12 @@ def last_logits(lm: FrozenLM, batch: Mapping[str, Any], count: int) -> Float[Ten
 
     Args:
         lm: the model.
-        batch: `input_ids` and `attention_mask`, and `past_key_values` if something stands in front of them.
+        batch: `input_ids` and `attention_mask`; with `position_ids` if `past_key_values` stand in front of them.
         count: of positions.
     """
     arguments: dict[str, Any] = {**batch, "use_cache": "past_key_values" in batch}
     if lm.attachment.architecture.takes_position_ids:
-        positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        arguments["position_ids"] = positions[:, -batch["input_ids"].shape[1] :]
+        arguments.setdefault("position_ids", (batch["attention_mask"].cumsum(1) - 1).clamp(min=0))
     if "logits_to_keep" in inspect.signature(lm.model.forward).parameters:
         arguments["logits_to_keep"] = count
     return lm.model(**arguments).logits[:, -count:]

@@ -425,20 +425,24 @@ class Steering:
     def forward_kwargs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """What to pass to a bare forward pass in the place of a batch that `prepare` has made.
 
-        It is the batch itself, unless there are keys and values: then the cache that holds them, with gradients if they
-        are trained, and the tokens behind them.
+        It is the batch itself with position ids, and where there are keys and values the cache that holds them, with
+        gradients if they are trained, and only the tokens behind them.
 
         Raises:
             SteerError: a sliding window would count the padding between keys and values of different lengths, and what
                 follows.
         """
-        given = self.plan.key_values
+        given, arguments = self.plan.key_values, dict[str, Any](batch)
+        mask = batch["attention_mask"]
+        if self.lm.attachment.architecture.takes_position_ids:
+            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         if given is None or not given.lengths.any():
-            return dict(batch)
-        self.require_no_gap(batch["attention_mask"], batch["attention_mask"].shape[1])
-        cache = DynamicCache(config=self.lm.model.config)
+            return arguments
+        self.require_no_gap(mask, mask.shape[1])
+        cache, slots = DynamicCache(config=self.lm.model.config), int(given.lengths.max())
         self.remember(cache, self.owners)
-        return {**batch, "input_ids": batch["input_ids"][:, int(given.lengths.max()) :], "past_key_values": cache}
+        behind = {name: ids[:, slots:] for name, ids in arguments.items() if name in ("input_ids", "position_ids")}
+        return arguments | behind | {"past_key_values": cache}
 
     def remember(self, cache: Cache, owners: Int[Tensor, " row"]) -> None:
         """Writes the plan's keys and values into an empty cache, for rows that belong to these rows of the batch."""
