@@ -14,15 +14,19 @@ from steer.errors import SteerError, UnknownUser
 from steer.history import History, Record, read_histories
 from steer.inject import (
     Condition,
+    KeyValueEdit,
+    KeyValues,
     LowRankEdit,
     MemoryEdit,
     NeighbourEdit,
+    Place,
     PrefixEdit,
     ProjectionEdit,
     PromptPrefix,
     ResidualEdit,
     StreamEdit,
 )
+from steer.key_values import key_values_of
 from steer.method import Method, make_method
 from steer.methods import (
     CAA,
@@ -78,6 +82,8 @@ __all__ = [
     "GivenVector",
     "Guidance",
     "History",
+    "KeyValueEdit",
+    "KeyValues",
     "LowRankEdit",
     "MemoryEdit",
     "Method",
@@ -85,6 +91,7 @@ __all__ = [
     "NeighbourEdit",
     "Pair",
     "PerFit",
+    "Place",
     "PrefixEdit",
     "PrefixTuning",
     "ProjectionEdit",
@@ -104,6 +111,7 @@ __all__ = [
     "UnknownUser",
     "UserLLM",
     "UserState",
+    "key_values_of",
     "load",
     "make_method",
     "read",

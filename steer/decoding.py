@@ -23,6 +23,7 @@ from steer.sampling import SeededRows
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
+    from transformers import Cache
 
     from steer.inject.neighbours import RecallNeighbours
     from steer.model import FrozenLM
@@ -56,6 +57,12 @@ class Bound(Protocol):
     has_prefix: bool
     mixed: bool
     recalling: list[RecallNeighbours]
+
+    def remember(self, cache: Cache, owners: Int[Tensor, " row"]) -> None:
+        """Writes the plan's keys and values into an empty cache, for rows that belong to these rows of the batch."""
+
+    def require_no_gap(self, mask: Int[Tensor, "row pos"], longest: int) -> None:
+        """Raises SteerError if a sliding window that is shorter than a sequence would count padding in its midst."""
 
     def rows_loaded(self, rows: Rows) -> AbstractContextManager[None]:
         """Binds the plan to these rows of the coming forward passes, while the block lasts."""
@@ -107,6 +114,8 @@ class Decoding:
                 input_ids = streams.input_ids
                 rows = Rows(owners[streams.owners], streams.attention_mask.sum(1), streams.touched)
                 self.bound.mixed = True
+            if self.plan.key_values is not None and self.plan.key_values.lengths.any():
+                self._remember(kwargs, owners, config)
             binding.enter_context(self.bound.rows_loaded(rows))
             output = method(
                 model,
@@ -118,6 +127,17 @@ class Decoding:
                 **kwargs,
             )
         return output if streams is None else streams.own(output)
+
+    def _remember(self, kwargs: dict[str, Any], owners: Tensor, config: Any) -> None:
+        """Fills the cache with the keys and values in front of the prompts."""
+        cache, prepared = kwargs.get("past_key_values"), self.bound.prepared
+        assert prepared is not None
+        if cache is None or getattr(cache, "_is_user_defined", False):
+            raise SteerError(
+                "keys and values stand at the beginning of a cache; leave out use_cache=False and your own"
+            )
+        self.bound.require_no_gap(prepared.attention_mask, config.max_length)
+        self.bound.remember(cache, owners)
 
     def _validate(self, mode: GenerationMode, input_ids: Tensor, copies: int, config: Any) -> None:
         batch, prepared = self.plan.batch, self.bound.prepared

@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from steer.cache import head_key
-from steer.inject import PrefixEdit, ResidualEdit
+from steer.errors import SteerError
+from steer.inject import KeyValueEdit, PrefixEdit, ResidualEdit
 from steer.inject.prefix import with_prompts
 from steer.read import Kept, Span, by_length
 
@@ -39,11 +40,14 @@ def response_losses(
     and what stands behind a span is not run.
     """
     edits = with_prompts(edits, [span.prompt or "" for span in spans])
-    prefixes = sum((edit.lengths for edit in edits if isinstance(edit, PrefixEdit)), torch.zeros(len(spans)).long())
-    starts = [max(span.start, 1) + extra for span, extra in zip(spans, prefixes.tolist(), strict=True)]
+    prefixes = [edit for edit in edits if isinstance(edit, PrefixEdit | KeyValueEdit)]
+    added = sum((edit.added for edit in prefixes), torch.zeros(len(spans)).long())
+    starts = [max(span.start, 1) + extra for span, extra in zip(spans, added.tolist(), strict=True)]
+    _require_what_is_before(spans, edits)
     targets = _targets(spans).to(lm.device)
     with lm.steered(states=[None] * len(spans), edits=edits, prompt_lengths=starts) as steering:
-        logits = last_logits(lm, steering.prepare([span.ids[: span.end] for span in spans]), targets.shape[1] + 1)
+        batch = steering.forward_kwargs(steering.prepare([span.ids[: span.end] for span in spans]))
+        logits = last_logits(lm, batch, targets.shape[1] + 1)
     losses = cross_entropy(
         logits[:, :-1].float().transpose(1, 2), targets.to(logits.device), ignore_index=_NO_TARGET, reduction="none"
     )
@@ -105,6 +109,18 @@ def response_gradients(
     return gradients, torch.tensor([float(span.end - max(span.start, 1)) for span in spans])
 
 
+def _require_what_is_before(spans: Sequence[Span], edits: Sequence[Edit]) -> None:
+    """Raises SteerError if a text's first token is behind keys and values alone, whose logits nobody computes."""
+    for edit in edits:
+        if isinstance(edit, KeyValueEdit) and edit.bos:
+            for row, (span, length) in enumerate(zip(spans, edit.lengths.tolist(), strict=True)):
+                if length and span.start <= 1:
+                    raise SteerError(
+                        f"row {row}: the text follows its keys and values at once, and nothing is read that could "
+                        "predict its first token; give the text a prompt, or use soft tokens (PrefixEdit)"
+                    )
+
+
 def _targets(spans: Sequence[Span]) -> Int[Tensor, "row pos"]:
     """The spans' tokens, on the right: rows are padded on the left, and end where their spans do."""
     width = max(span.end - max(span.start, 1) for span in spans)
@@ -115,11 +131,17 @@ def _targets(spans: Sequence[Span]) -> Int[Tensor, "row pos"]:
     return targets
 
 
-def last_logits(lm: FrozenLM, batch: Mapping[str, Tensor], count: int) -> Float[Tensor, "row pos vocab"]:
-    """Logits at the last `count` positions; the head does not run at the others where the model can leave them out."""
-    arguments: dict[str, Any] = {**batch, "use_cache": False}
+def last_logits(lm: FrozenLM, batch: Mapping[str, Any], count: int) -> Float[Tensor, "row pos vocab"]:
+    """Logits at the last `count` positions; the head does not run at the others where the model can leave them out.
+
+    Args:
+        lm: the model.
+        batch: `input_ids` and `attention_mask`; with `position_ids` if `past_key_values` stand in front of them.
+        count: of positions.
+    """
+    arguments: dict[str, Any] = {**batch, "use_cache": "past_key_values" in batch}
     if lm.attachment.architecture.takes_position_ids:
-        arguments["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        arguments.setdefault("position_ids", (batch["attention_mask"].cumsum(1) - 1).clamp(min=0))
     if "logits_to_keep" in inspect.signature(lm.model.forward).parameters:
         arguments["logits_to_keep"] = count
     return lm.model(**arguments).logits[:, -count:]

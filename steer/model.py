@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from uuid import uuid4
 
 import torch
 from torch import nn
-from transformers import StopStringCriteria
+from transformers import DynamicCache, StopStringCriteria
 
 from steer.architectures import architecture_of, find_decoder
 from steer.attach import Attachment
@@ -19,7 +21,7 @@ from steer.cache import key_of
 from steer.embedded import EMBEDDED, resolve
 from steer.errors import SteerError
 from steer.fingerprint import Fingerprints
-from steer.inject import Edit, StreamEdit
+from steer.inject import Edit, Place, StreamEdit
 from steer.interop import unwrap
 from steer.plan import Amounts, Plan, RowStates, edits_of, kinds_of, rows_of
 from steer.sites import Site
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
 
     from steer.bank import Bank
 
-# A text, chat messages, or token ids that are used as they are.
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+# A text, chat messages, or token ids that are used as they are. Text, a message's content and token ids may come in
+# pieces, with places for soft tokens between them.
+Prompt = str | Sequence[str | Place] | Sequence[Mapping[str, Any]] | Sequence[int | Place]
 # A row's states: none, one, a weighted sum, several of these, or several by name.
 States = UserState | Blend | Sequence[UserState | Blend] | RowStates | None
 
@@ -150,6 +153,25 @@ class FrozenLM:
         # Where the layers' kinds are not told, a window is meant for all of them.
         return getattr(self._config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
 
+    @cached_property
+    def key_value_shape(self) -> tuple[int, int, int]:
+        """Of what a layer keeps of a token: heads, width of their keys, and of their values. Seen in a forward pass.
+
+        Raises:
+            SteerError: the layers differ in it.
+        """
+        cache = DynamicCache()
+        with torch.no_grad():
+            self.attachment.decoder(
+                input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=cache, use_cache=True
+            )
+        shapes = {
+            (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cast(Any, cache).layers
+        }
+        if len(shapes) != 1:
+            raise SteerError("this model's layers keep different things of a token; prefixes must be soft tokens here")
+        return shapes.pop()
+
     @property
     def fingerprint(self) -> Fingerprint:
         """Architecture and sampled weights, independent of dtype and device.
@@ -201,7 +223,7 @@ class FrozenLM:
         """Token ids of a prompt.
 
         Args:
-            prompt: a text, chat messages, or token ids.
+            prompt: a text, chat messages, or token ids. Nothing stands at the places in it.
             context: goes in front of the last user message, joined by one space (METHODS §1.3); in front of the first
                 text in a message of several parts.
             system: the system message, in place of one that there is.
@@ -209,25 +231,40 @@ class FrozenLM:
                 after it; if None, whenever the tokenizer has a template.
 
         Raises:
-            SteerError: the prompt is empty, or the tokenizer cannot do what is asked.
+            SteerError: the prompt is empty, has a place twice, or the tokenizer cannot do what is asked.
         """
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
+        return self.encode_with_places(prompt, context=context, system=system, chat=chat)[0]
+
+    def encode_with_places(
+        self, prompt: Prompt, *, context: str | None = None, system: str | None = None, chat: bool | None = None
+    ) -> tuple[list[int], dict[str, int]]:
+        """Like `encode`, with the places of the prompt: how many of the tokens stand before each, in order.
+
+        The pieces of a text between places are tokenized apart.
+        """
+        if _is_ids(prompt):
             if context is not None or system is not None:
                 raise SteerError("a context needs a prompt of text; this one is token ids")
-            return list(prompt)  # type: ignore[arg-type]
+            return _joined([[piece] if isinstance(piece, int) else piece for piece in prompt])  # type: ignore[arg-type]
         if not prompt:
             raise SteerError("a prompt is empty")
         if self.tokenizer is None:
             raise SteerError("this model was wrapped without a tokenizer: prompts must be token ids")
         has_template = self.tokenizer.chat_template is not None
-        if isinstance(prompt, str) and not (has_template if chat is None else chat):
+        marks = Marks()
+        is_text = isinstance(prompt, str) or not isinstance(prompt[0], Mapping)
+        if is_text and not (has_template if chat is None else chat):
             if system is not None:
                 raise SteerError("a system message needs a chat template")
-            return self.tokenizer(prompt if context is None else f"{context} {prompt}").input_ids
+            text = marks.text(prompt)
+            return self._tokens(text if context is None else f"{context} {text}", marks)
         if not has_template:
             raise SteerError("the tokenizer has no chat template; pass texts, and chat=False")
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages: list[dict[str, Any]] = [dict(turn) for turn in turns]  # type: ignore[arg-type]
+        turns = [{"role": "user", "content": prompt}] if is_text else prompt
+        messages: list[dict[str, Any]] = [
+            {**turn, "content": marks.text(turn["content"])} if "content" in turn else dict(turn)  # type: ignore[index]
+            for turn in turns
+        ]
         if context is not None:
             last = next((m for m in reversed(messages) if m["role"] == "user"), None)
             if last is None:
@@ -235,20 +272,46 @@ class FrozenLM:
             last["content"] = _behind(context, last["content"])
         if system is not None:
             messages = [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
+        if marks.places:
+            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return self._pieces(marks.split(cast(str, rendered)))
         # transformers 5 returns a mapping; its type hints also allow for the ids alone.
         encoded = cast(
             "Mapping[str, list[int]]", self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         )
-        return encoded["input_ids"]
+        return encoded["input_ids"], {}
+
+    def _tokens(self, text: str, marks: Marks) -> tuple[list[int], dict[str, int]]:
+        """Token ids of a text, with special tokens, and its places."""
+        assert self.tokenizer is not None
+        if not marks.places:
+            return self.tokenizer(text).input_ids, {}
+        bos = [[self.tokenizer.bos_token_id]] if self._adds_bos else []
+        return self._pieces([*bos, *marks.split(text)])
+
+    def _pieces(self, pieces: Sequence[str | list[int] | Place]) -> tuple[list[int], dict[str, int]]:
+        """Token ids of texts that already have their special tokens, of token ids and places."""
+        tokenizer = cast("PreTrainedTokenizerBase", self.tokenizer)
+        return _joined(
+            [
+                tokenizer(piece, add_special_tokens=False).input_ids if isinstance(piece, str) else piece
+                for piece in pieces
+            ]
+        )
 
     def text_of(self, prompt: Prompt) -> str:
         """What a prompt asks, without template: its text, that of the last user message, or that of its token ids."""
+        if _is_ids(prompt):
+            ids = [piece for piece in prompt if isinstance(piece, int)]
+            return "" if self.tokenizer is None else self.tokenizer.decode(ids, skip_special_tokens=True)
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            prompt = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")  # type: ignore[index]
         if isinstance(prompt, str):
             return prompt
-        if prompt and isinstance(prompt[0], int):
-            return "" if self.tokenizer is None else self.tokenizer.decode(prompt, skip_special_tokens=True)
-        last: Any = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")  # type: ignore[index]
-        return last if isinstance(last, str) else " ".join(part["text"] for part in last if part.get("type") == "text")
+        parts: list[Any] = [part for part in prompt if not isinstance(part, Place)]
+        if all(isinstance(part, str) for part in parts):
+            return "".join(parts)
+        return " ".join(part["text"] for part in parts if part.get("type") == "text")
 
     # Steering.
 
@@ -428,6 +491,53 @@ def _warn_of_equal_streams(plan: Plan, rows: Sequence[RowStates], edits: Sequenc
                 "all streams are the same",
                 stacklevel=4,
             )
+
+
+class Marks:
+    """Stands for the places in texts while these go through a template: by what is in nobody's text.
+
+    Attributes:
+        places: those that were met, by their marks.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[str, Place] = {}
+
+    def text(self, content: Any) -> Any:
+        """A text in one piece, with marks where it has places; parts of other kinds as they are."""
+        if not content or isinstance(content, str) or not all(isinstance(piece, str | Place) for piece in content):
+            return content
+        return "".join(piece if isinstance(piece, str) else self._mark(piece) for piece in content)
+
+    def split(self, text: str) -> list[str | Place]:
+        """The pieces of a text with marks, without empty ones."""
+        if not self.places:
+            return [text]
+        pieces = re.split("(" + "|".join(self.places) + ")", text)
+        return [self.places.get(piece, piece) for piece in pieces if piece]
+
+    def _mark(self, place: Place) -> str:
+        mark = uuid4().hex
+        self.places[mark] = place
+        return mark
+
+
+def _is_ids(prompt: Prompt) -> TypeGuard[Sequence[int | Place]]:
+    return not isinstance(prompt, str) and any(isinstance(piece, int) for piece in prompt)
+
+
+def _joined(pieces: Sequence[list[int] | Place]) -> tuple[list[int], dict[str, int]]:
+    """Token ids in one piece, and how many of them stand before each place."""
+    ids: list[int] = []
+    places: dict[str, int] = {}
+    for piece in pieces:
+        if isinstance(piece, Place):
+            if piece.name in places:
+                raise SteerError(f"a prompt has the place {piece.name!r} twice; its soft tokens stand in one")
+            places[piece.name] = len(ids)
+        else:
+            ids += piece
+    return ids, places
 
 
 def _behind(context: str, content: str | Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
