@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,8 +85,8 @@ def text_of(
         chat: as for `FrozenLM.encode`.
 
     Raises:
-        SteerError: a context or the response is empty, a context is its own opposite, or the whole is longer than the
-            model's window.
+        SteerError: a context or the response is empty, the response has a token that the model has not, a context is
+            its own opposite, or the whole is longer than the model's window.
     """
     if lm.tokenizer is None and isinstance(response, str):
         raise SteerError("this model was wrapped without a tokenizer: responses must be token ids")
@@ -94,7 +95,7 @@ def text_of(
         assert lm.tokenizer is not None
         ids = lm.tokenizer(response, add_special_tokens=False).input_ids
     else:
-        ids = list(response)
+        ids = _known(lm, response)
     if not ids:
         raise SteerError("a response is empty: it has no token whose probability could change")
     text = Text(
@@ -107,9 +108,20 @@ def text_of(
     return text
 
 
+def _known(lm: FrozenLM, tokens: Sequence[int]) -> list[int]:
+    """The token ids, as Python's own numbers. Raises SteerError for one that the model has no embedding of."""
+    ids = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
+    count = lm.vocabulary_size
+    if wrong := [token for token in ids if not (isinstance(token, Integral) and 0 <= token < count)]:
+        raise SteerError(f"a response has the token {wrong[0]!r}; this model's are whole numbers from 0 to {count - 1}")
+    return [int(token) for token in ids]
+
+
 def require_contexts(contexts: Sequence[str | None], opposite: str | None = None) -> None:
-    """Raises SteerError if a context is empty, or its own opposite."""
+    """Raises SteerError if a context is no text, empty, or its own opposite."""
     for context in (*contexts, opposite):
+        if context is not None and not isinstance(context, str):
+            raise SteerError(f"a context must be text, got {context!r}")
         if context is not None and not context.strip():
             raise SteerError("a context is empty")
     if opposite is not None and opposite in contexts:
@@ -248,8 +260,11 @@ def chosen_of(text: Text, like: Tensor) -> Int[Tensor, " token"]:
 
 
 def finite(lams: Sequence[float]) -> Float[Tensor, " lam"]:
-    """λ in float64. Raises SteerError if there are none, or one is not finite."""
-    grid = torch.as_tensor(lams, dtype=torch.float64).flatten()
+    """λ in float64. Raises SteerError if there are none, or one is no finite number."""
+    try:
+        grid = torch.as_tensor(lams, dtype=torch.float64).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise SteerError(f"λ must be finite, and at least one, got {lams!r}") from None
     if not len(grid) or not torch.isfinite(grid).all():
         raise SteerError(f"λ must be finite, and at least one, got {grid.tolist()}")
     return grid
@@ -257,7 +272,7 @@ def finite(lams: Sequence[float]) -> Float[Tensor, " lam"]:
 
 def require_temperature(temperature: float) -> None:
     """Raises SteerError if no text could be sampled at it."""
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not (isinstance(temperature, Real) and math.isfinite(temperature) and temperature > 0):
         raise SteerError(f"temperature={temperature} is not above 0")
 
 

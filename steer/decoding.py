@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from steer.model import FrozenLM
     from steer.plan import Plan
 
-# Reading the common heads of rows first takes a forward pass more; worth it if it spares this many tokens.
-_SPARED_TOKENS = 256
+# Reading the common heads of rows first takes a forward pass more. On a CPU that costs what 32 tokens do (SmolLM2 135M,
+# benchmarks/heads.py), and with 64 it pays; on a GPU it was not measured.
+_SPARED_TOKENS = 64
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,9 @@ def by_name(contexts: str | Sequence[str] | Mapping[str, str]) -> Mapping[str, s
     if isinstance(contexts, str):
         contexts = [contexts]
     named = contexts if isinstance(contexts, Mapping) else {context: context for context in contexts}
-    if not named or len(named) < len(contexts):
-        raise SteerError(f"give one or more contexts, all different; got {list(contexts)}")
+    if not named or len(set(named.values())) < len(contexts):
+        said = dict(contexts) if isinstance(contexts, Mapping) else list(contexts)
+        raise SteerError(f"give one or more contexts, all different; got {said}")
     return named
 
 

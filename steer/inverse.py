@@ -22,6 +22,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 # Beyond |λ| = 4 texts fall apart, say the authors.
 GRID = tuple(round(-4 + 0.2 * i, 1) for i in range(41))
 
+_SHOWN = 4
 _STEPS = 100
 _TOLERANCE = 1e-6
 # What rounding alone makes of F, in units of the dtype: at most so much per token (SmolLM2 in float32 and bfloat16).
@@ -86,6 +88,12 @@ class LambdaPosterior:
     tokens: Int[Tensor, " text"]
     level: float
     temperature: float
+
+    def __repr__(self) -> str:
+        texts = zip(self.lam.tolist(), self.low.tolist(), self.high.tolist(), strict=True)
+        shown = [f"{lam:+.2f} [{low:+.2f}, {high:+.2f}]" for lam, low, high in texts]
+        few = [*shown[:_SHOWN], *(["…"] if len(shown) > _SHOWN else [])]
+        return f"LambdaPosterior({len(shown)} texts, λ with its {self.level:.0%} interval: {', '.join(few)})"
 
     @property
     def informative(self) -> list[bool]:
@@ -195,7 +203,7 @@ def require_settings(grid: Sequence[float], level: float, temperature: float) ->
     if len(lams) < 2 or not (lams.diff() > 0).all():
         raise SteerError(f"a grid is two or more λ in rising order, got {lams.tolist()}")
     require_temperature(temperature)
-    if not 0 < level < 1:
+    if not (isinstance(level, Real) and 0 < level < 1):
         raise SteerError(f"level={level} is not between 0 and 1")
     return lams
 
@@ -347,7 +355,10 @@ def _prior(weights: Sequence[float] | None, count: int, of: str) -> Float[Tensor
     """Probabilities. Raises SteerError if the weights are not one each, or no weights."""
     if weights is None:
         return torch.full((count,), 1 / count, dtype=torch.float64)
-    prior = torch.as_tensor(weights, dtype=torch.float64)
+    try:
+        prior = torch.as_tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise SteerError(f"a prior's weights are numbers, got {weights!r}") from None
     if prior.shape != (count,):
         raise SteerError(f"a prior has a weight for each {of}: {count}, not {prior.numel()}")
     if not torch.isfinite(prior).all() or (prior < 0).any() or prior.sum() == 0:

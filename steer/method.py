@@ -114,11 +114,11 @@ def make_method(name: str, /, **settings: Any) -> Method:
     """
     if name not in METHODS:
         raise SteerError(f"there is no method {name!r}; there are {', '.join(sorted(METHODS))}")
-    signature = inspect.signature(METHODS[name])
-    try:
-        signature.bind(**settings)
-    except TypeError as error:
-        raise SteerError(f"{name}: {error}; its hyper-parameters are {', '.join(signature.parameters)}") from None
+    known = inspect.signature(METHODS[name]).parameters
+    wrong = [f"it has no {key!r}" for key in settings if key not in known]
+    wrong += [f"it needs {key!r}" for key, own in known.items() if own.default is own.empty and key not in settings]
+    if wrong:
+        raise SteerError(f"{name}: {' and '.join(wrong)}; its hyper-parameters are {', '.join(known)}")
     return METHODS[name](**settings)
 
 

@@ -211,6 +211,11 @@ class FrozenLM:
         """How many tokens the model was made to read; None where it is not told."""
         return getattr(self._config, "max_position_embeddings", None)
 
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens have an embedding; some of them may be padding of the table."""
+        return cast(Any, self._text.get_input_embeddings()).num_embeddings
+
     @cached_property
     def vocabulary(self) -> str:
         """What tells the tokens of a model, and their numbers, from those of others."""
@@ -385,6 +390,8 @@ class FrozenLM:
             raise SteerError(f"`users` holds one user a row; write users=[{users!r}]")
         if unknown_user not in ("error", "plain"):
             raise SteerError(f'unknown_user={unknown_user!r} is neither "error" nor "plain"')
+        if states is not None and (isinstance(states, str | Mapping) or not isinstance(states, Iterable)):
+            raise SteerError("`states` holds one entry a row; write states=[state]")
         given = [_by_name(state) for state in states or []]
         if bank is None or users is None:
             return given, [], {}
@@ -615,10 +622,10 @@ def _by_name(states: States) -> RowStates:
     if states is None:
         return {}
     if isinstance(states, Mapping):
-        return states
+        return {name: _require_state(state) for name, state in states.items()}
     named: dict[str, UserState | Blend] = {}
-    for given in [states] if isinstance(states, UserState | Blend) else states:
-        own = _by_method(given)
+    for given in states if isinstance(states, Iterable) and not isinstance(states, str) else [states]:
+        own = _by_method(_require_state(given))
         if not named.keys().isdisjoint(own):
             raise SteerError(
                 "a row has two states of one method; give them names, {'mine': state, 'hers': state}, or weights, "
@@ -626,6 +633,15 @@ def _by_name(states: States) -> RowStates:
             )
         named |= own
     return named
+
+
+def _require_state(state: object) -> UserState | Blend:
+    if not isinstance(state, UserState | Blend):
+        raise SteerError(
+            f"`states` holds one UserState a row, or a dict of them by name, and no {type(state).__name__}; make one "
+            'with steer.CoS(lam=1).state("I sail.")'
+        )
+    return state
 
 
 def _by_method(states: UserState | Blend) -> RowStates:

@@ -102,33 +102,81 @@ def test_generate_contrasts_every_user_by_a_context_of_their_own(
         ('{"user_id": "", "context": "x"}', [], ":1: a line is an object with a `user_id`"),
         ('{"user_id": "ann", "context": 5}', [], ":1: a context must be text, got 5"),
         ('{"user_id": "ann", "context": null}', [], ":1: a context must be text, got None"),
-        ('{"user_id": "ann", "context": "x", "lam": true}', [], ":1: λ must be a number, got True"),
+        ('{"user_id": true, "context": "x"}', [], ":1: a line is an object with a `user_id`"),
+        ('{"user_id": "7", "context": "x"}\n{"user_id": 7, "context": "y"}', [], ":2: '7' comes a second time"),
+        ('{"user_id": "ann", "context": "x", "lam": true}', [], ":1: lam must be a number, got True"),
         ('{"user_id": "ann", "context": "x", "records": 2}', [], ":1: 'records' is nothing that cos knows"),
         ('{"user_id": "ann", "context": "x"}\n{"user_id": "ann", "context": "y"}', [], ":2: 'ann' comes a second time"),
         ('{"user_id": "ann", "context": " "}', [], ":1: a context is empty"),
         (
             '{"user_id": "ann", "context": "x", "lambda": 1}',
             [],
-            ":1: 'lambda' is nothing that cos knows; a line has context",
+            ":1: 'lambda' is nothing that cos knows, but 'lam' is; a line has context, and may have lam, steered$",
         ),
-        ('{"user_id": "ann", "context": "x", "lam": "much"}', [], ":1: λ must be a number, got 'much'"),
+        ('{"user_id": "ann", "context": "x", "lam": "much"}', [], ":1: lam must be a number, got 'much'"),
+        ('{"user_id": "ann", "context": "x"}', ["--set", "lam=abc"], "^--set: lam must be a number, got 'abc'"),
+        ('{"user_id": "ann", "context": "x"}', ["--set", "lam=nan"], "^--set: lam must be finite, got nan"),
+        ('{"user_id": "ann", "context": "x"}', ["--set", "lam=-inf"], "^--set: lam must be finite, got -inf"),
+        (
+            '{"user_id": "ann", "context": "x", "model": "e"}',
+            ["--method", "costeer", "--set", "steps=-1"],
+            "^--set: steps must not be negative",
+        ),
         (
             '{"user_id": "ann", "context": "x"}',
             ["--set", "lamb=1"],
-            "--set lamb: cos has no such hyper-parameter; it has lam",
+            "--set lamb: cos has no such hyper-parameter, but 'lam' is; it has lam, steered",
         ),
         (
             '{"user_id": "ann", "context": "x"}',
             ["--method", "coss"],
             "--method coss makes no state.* there are amulet, .*cos-many",
         ),
-        ('{"user_id": "ann"}', [], ":1: cos: .*'context'"),
+        ('{"user_id": "ann"}', [], ":1: cos needs `context`; a line has context, and may have lam, steered$"),
+        (
+            '{"user_id": "ann", "positive": "x"}',
+            ["--method", "cos-pair"],
+            ":1: cos-pair needs `negative`; a line has positive, negative, and may have lam",
+        ),
+        (
+            '{"user_id": "ann"}',
+            ["--method", "proxy-tuning"],
+            ":1: proxy-tuning needs expert and antiexpert: --set expert=NAME --set antiexpert=NAME, and --beside "
+            "NAME=MODEL for each$",
+        ),
+        (
+            '{"user_id": "ann", "context": "x"}',
+            ["--method", "costeer"],
+            ":1: costeer needs model: --set model=NAME, and --beside NAME=MODEL$",
+        ),
+        (
+            '{"user_id": "ann", "weights": {"formal": 1}}',
+            ["--method", "drift"],
+            """:1: drift needs attributes: --set 'attributes={"formal": "Answer formally."}'$""",
+        ),
+        ('{"user_id": "ann", "contexts": 5}', ["--method", "mod"], ":1: mod: a value is of the wrong kind"),
+        (
+            '{"user_id": "ann", "expert": "e", "antiexpert": "a"}',
+            ["--method", "proxy-tuning"],
+            "^no --beside for 'e' and 'a'; add --beside e=MODEL --beside a=MODEL$",
+        ),
+        (
+            '{"user_id": "ann"}',
+            ["--method", "proxy-tuning", "--set", "expert=e", "--set", "antiexpert=a", "--beside", "e=x"],
+            "^no --beside for 'a'; add --beside a=MODEL$",
+        ),
         (
             '{"user_id": "ann", "context": "x"}',
             ["--method", "style-vector"],
             "--method style-vector makes no state of a context",
         ),
-        ('{"user_id": "ann", "context": "x"}', ["--user", "bob"], "has nothing about 'bob'; there are ann"),
+        ('{"user_id": "ann", "context": "x"}', ["--user", "bob"], "about 'bob'; there are ann. --unknown-user"),
+        ('{"user_id": "ann", "context": "x"}', ["--unknown-user", "plane"], "plane is neither error nor plain"),
+        (
+            '{"user_id": "ann", "context": "x"}',
+            ["--strength", "2"],
+            "--strength and --dose scale the vectors of a bank",
+        ),
         ('{"user_id": "ann", "context": "x"}', ["--context", "y"], "give one of them"),
         ('{"user_id": "ann", "context": "x"}', ["--beside", "small"], "--beside small is not a name and a model"),
         ('{"user_id": "ann", "context": "x"}', ["--beside", "small=x"], "small=x: no state.* they name none"),
@@ -156,9 +204,13 @@ def test_generate_says_what_is_wrong_with_contexts(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--context", "x", "--lambda", "nan"], "--context and --lambda: λ must be finite"),
-        (["--context", "x", "--lambda", "1e39"], "--context and --lambda: the weight"),
-        (["--context", " "], "a context is empty"),
+        (["--context", "x", "--lambda", "nan"], "^--lambda: lam must be finite"),
+        (["--context", "x", "--lambda", "1e39"], "^--lambda: the weight"),
+        (["--context", " "], "^--context is empty$"),
+        (["--prompt", ""], "^--prompt is empty$"),
+        (["--dose", "0.1"], "--strength and --dose scale the vectors of a bank"),
+        (["--dose", "0.1", "--strength", "1"], "--strength and --dose are two units"),
+        (["--contexts", "."], r"^\. is a folder; give a file"),
         (["--context", "x", "--temperature", "-1"], "--temperature must be above 0"),
         (["--context", "x", "--temperature", "nan"], "--temperature must be above 0"),
         (["--context", "x", "--beside", "foo=bar"], "--beside foo=bar: no state of these rows needs it"),
@@ -180,5 +232,67 @@ def test_models_that_states_of_a_bank_name_are_given_beside_it(texts: Path, llam
     # It is needed; the test's model only cannot stand beside itself.
     with pytest.raises(steer.SteerError, match="is the steered one itself"):
         run(*asked, "--name", "small")
+    with pytest.raises(steer.SteerError, match=r"^no --beside for 'small'; add --beside small=MODEL$"):
+        run(*asked[:-2], "--name", "small")
     with pytest.raises(steer.SteerError, match="small=x: no state of these rows needs it; they name none"):
         run(*asked, "--name", "other")
+
+
+def test_a_row_contrasts_once(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.cli.options.load", None)
+    with steer.Bank(texts.parent / "people.bank") as bank:
+        bank["ann", "pair"] = steer.CoSPair().state("I sail.", "I row.")
+        bank["ann", "plain"] = steer.CoS().state("I row.")
+    people = texts.parent / "people.jsonl"
+    people.write_text('{"user_id": "ann", "context": "I sail."}\n')
+    asked = ["generate", "--prompt", "hello", "--bank", bank.path, "--user", "ann"]
+    for more, said in (
+        ([], "^the states 'pair' and 'plain' of 'ann' contrast streams; choose one with --name$"),
+        (
+            ["--contexts", people, "--name", "pair"],
+            "^'ann' has a context from --contexts and the state 'pair' of the bank, which both contrast streams; leave "
+            "one out$",
+        ),
+        (["--context", "I sail."], "^'ann' has a context from --context and the state 'pair' of the bank"),
+        (["--name", "pair", "--strength", 2], "--strength and --dose scale the vectors of a bank, and there are none"),
+    ):
+        with pytest.raises(steer.SteerError, match=said):
+            run(*asked, *more)
+
+
+def test_users_of_whom_nothing_is_known_may_have_plain_rows(texts: Path, llama: steer.FrozenLM) -> None:
+    people = texts.parent / "people.jsonl"
+    people.write_text('{"user_id": 7, "context": "I sail."}\n')
+    asked = ["generate", "--prompt", "hello", "--contexts", people, "--user", "zed", "--unknown-user", "plain"]
+    asked += ["--max-new-tokens", 5, "--json"]
+    state = steer.CoS().state("I sail.")
+    rows = json.loads(run(*asked, "--user", "7").output)["rows"]
+    assert [row["user"] for row in rows] == [None, "zed", "7"]
+    expected = llama.generate_tokens(["hello"] * 3, states=[None, None, state], max_new_tokens=5)
+    assert [row["tokens"] for row in rows] == expected
+    plain, zed = json.loads(run(*asked).output)["rows"]
+    assert plain["tokens"] == zed["tokens"] == expected[0]
+
+
+def test_a_context_that_is_too_long_is_told_by_its_user(texts: Path) -> None:
+    people = texts.parent / "people.jsonl"
+    people.write_text(json.dumps({"user_id": "ann", "context": "sea " * 3000}) + "\n")
+    for more in ([], ["--stream"]):
+        with pytest.raises(steer.SteerError, match=r"^'ann': with its context the prompt has"):
+            run("generate", "--prompt", "hello", "--contexts", people, *more)
+    with pytest.raises(steer.SteerError, match=r"^'\(context\)': with its context the prompt has"):
+        run("generate", "--prompt", "hello", "--context", "sea " * 3000)
+
+
+@pytest.mark.parametrize("method", ["knn-lm", "cos"])
+def test_extract_has_a_line_for_each_user_where_there_are_no_vectors(texts: Path, method: str) -> None:
+    bank = texts.parent / "people.bank"
+    shown = run("extract", texts, "--bank", bank, "--method", method).stdout
+    with steer.Bank(bank) as store:
+        sizes = [sum(t.nbytes for t in store[user, "style"].tensors.values()) for user in ("ann", "bob")]
+    assert any(sizes) == (method == "knn-lm")
+    assert [line.split() for line in shown.strip().splitlines()] == [
+        ["user", "records", "bytes"],
+        ["ann", "3", str(sizes[0])],
+        ["bob", "3", str(sizes[1])],
+    ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import tiny, tokenizer
@@ -411,26 +414,62 @@ def test_drift_weighs_attributes_by_choices(models: dict[str, steer.FrozenLM], c
     assert_close(together, apart)
 
 
+def test_drift_weighs_attributes_in_the_steered_models_template(
+    models: dict[str, steer.FrozenLM], choices: steer.History
+) -> None:
+    small, drift = models["small"], Drift(ATTRIBUTES, "small")
+    other = copy.deepcopy(tokenizer(chat=True))
+    other.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    with steer.wrap(tiny("llama"), other) as large, steer.wrap(tiny("gpt2", seed=5), other) as same:
+        found = drift.fit(small, choices, template_of=large)
+        assert found.data == drift.fit(same, choices).data
+        assert found.data != drift.fit(small, choices).data
+        # Where the small model has no template, the other's will do.
+        with steer.wrap(tiny("gpt2", seed=5), tokenizer()) as bare:
+            assert drift.fit(bare, choices, template_of=large).data == found.data
+            with pytest.raises(steer.SteerError, match="needs a chat template"):
+                drift.fit(bare, choices)
+        # What it reads are the tokens of the stream that it will have in decoding.
+        with large.steered(states=[drift.state({"loud": 1.0})], models=models) as steering:
+            large.model.generate(**steering.prepare(["say 0"]), **steering.generate_kwargs(), max_new_tokens=1)
+            assert steering.prepared is not None
+            read = {stream.system: ids for stream, ids in steering.prepared.further[0]}
+    assert read[LOUD] == other("<system>SHOUT!<user>say 0").input_ids
+    strange = copy.deepcopy(tokenizer(chat=True))
+    strange.add_tokens(["<new>"])
+    with (
+        steer.wrap(tiny("llama"), strange) as stranger,
+        pytest.raises(steer.SteerError, match="'small' has another vocabulary"),
+    ):
+        drift.fit(small, choices, template_of=stranger)
+
+
 # What cannot be.
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CoS(lam=float("nan")), "λ must be finite"),
-        (lambda: CoS(lam=True), "λ must be a number, got True"),
+        (lambda: CoS(lam=float("nan")), "lam must be finite"),
+        (lambda: CoS(lam=True), "lam must be a number, got True"),
         (lambda: CoS(lam=1e39).state(PIRATE), "below 1e"),
         (lambda: CoS().state(5), "a context must be text, got 5"),
         (lambda: CoS(records=0), "records=0"),
         (lambda: CoS(records=2.5), "records must be a whole number"),
         (lambda: CoS(steered="none"), "not one of all, own, further"),
-        (lambda: CoSMany(lams=[1.0, float("inf")]), "λ must be finite"),
-        (lambda: CoS(lam="much"), "λ must be a number, got 'much'"),
-        (lambda: CoSMany(lams=[1.0, 2.0]).state([PIRATE]), "2 λ for 1 contexts"),
-        (lambda: CoSMany().state([]), "one text or more"),
-        (lambda: CoSMany().state(PIRATE), "one text or more"),
+        (lambda: CoSMany(lams=[1.0, float("inf")]), "lams must be finite"),
+        (lambda: CoS(lam="much"), "lam must be a number, got 'much'"),
+        (lambda: CoSMany(lams=[1.0, 2.0]).state([PIRATE]), "2 lams for 1 contexts"),
+        (lambda: CoSMany(lams=[]), "lams must be a list of one or more, got \\[\\]"),
+        (lambda: CoSMany(lams=np.array(1.0)), "lams must be a list of one or more"),
+        (lambda: CoSMany(lams="12"), "lams must be a list of one or more, got '12'"),
+        (lambda: CoSMany(lams=["1"]), "lams must be a number, got '1'"),
+        (lambda: CoSMany(lams=True), "lams must be a number, got True"),
+        (lambda: CoSMany().state([]), "contexts must be a list of one or more, got \\[\\]"),
+        (lambda: CoSMany().state(PIRATE), "contexts must be a list of one or more, got 'I am a pirate.'"),
+        (lambda: CoSMany().state(5), "contexts must be a list of one or more, got 5"),
         (lambda: CoSMany().state([PIRATE, " "]), "a context is empty"),
-        (lambda: CoSPair(lam=float("inf")), "λ must be finite"),
+        (lambda: CoSPair(lam=float("inf")), "lam must be finite"),
         (lambda: CoSPair().state(PIRATE, ""), "a context is empty"),
         (lambda: CoSPair().state(PIRATE, PIRATE), "are the same"),
         (lambda: Guidance(scale=float("nan")), "scale must be finite"),
@@ -439,15 +478,21 @@ def test_drift_weighs_attributes_by_choices(models: dict[str, steer.FrozenLM], c
         (lambda: Guidance().state(system="\n"), "a system is empty"),
         (lambda: ContrastiveDecoding("small", alpha=0.0), "not a share"),
         (lambda: ContrastiveDecoding("small", alpha=1.1), "not a share"),
+        (lambda: ContrastiveDecoding("small", alpha="a"), "alpha must be a number, got 'a'"),
         (lambda: ContrastiveDecoding("small", temperature=0.0), "temperature must be above 0"),
         (lambda: DExperts("tuned", "small", alpha=float("inf")), "alpha must be finite"),
         (lambda: DExperts("tuned", "small", top_p=0.0), "not a probability"),
+        (lambda: DExperts("tuned", "small", top_p=None), "top_p must be a number, got None"),
         (lambda: DExperts("tuned", "small").state(" "), "a context is empty"),
         (lambda: ProxyTuning("tuned", "small", alpha=float("nan")), "alpha must be finite"),
         (lambda: Amulet(steps=-1), "steps must not be negative"),
         (lambda: Amulet(steps=2.5), "steps must be a whole number"),
         (lambda: CoSteer("small", steps=2.5), "steps must be a whole number"),
         (lambda: KNNLM(k=2.5), "k must be a whole number"),
+        (lambda: KNNLM(weight="a"), "weight must be a number, got 'a'"),
+        (lambda: KNNLM(weight=True), "weight must be a number, got True"),
+        (lambda: KNNLM(max_tokens=2.5), "max_tokens must be a whole number"),
+        (lambda: KNNLM(max_tokens=0), "max_tokens must be above 0"),
         (lambda: Amulet(eta=0.0), "eta must be above 0"),
         (lambda: Amulet(alpha=9.0, steps=99), "take fewer steps"),
         (lambda: CoSteer("small", beta=-1.0), "beta must not be negative"),
@@ -457,11 +502,21 @@ def test_drift_weighs_attributes_by_choices(models: dict[str, steer.FrozenLM], c
         (lambda: MOD([float("nan"), 1.0]), "weight must not be negative"),
         (lambda: MOD(divergence="jsd"), "not one of reverse-kl, forward-kl, alpha"),
         (lambda: MOD(divergence="alpha", alpha=0.0), "not above 0 and up to 1"),
+        (lambda: MOD(divergence="alpha", alpha="a"), "alpha must be a number, got 'a'"),
+        (lambda: MOD([]), "weights must be a list of one or more"),
+        (lambda: MOD(1.0), "weights must be a list of one or more, got 1.0"),
+        (lambda: MOD(["1"]), "weight must be a number, got '1'"),
+        (lambda: MOD().state("abc"), "contexts must be a list of one or more, got 'abc'"),
+        (lambda: MOD().state(systems="abc"), "systems must be a list"),
+        (lambda: MOD().state(models="abc"), "models must be a list"),
         (lambda: MOD([0.5, 0.5]).state([PIRATE]), "1 contexts, and 2 weights"),
         (lambda: MOD().state([PIRATE], systems=[None, LOUD]), "1 contexts, 2 systems"),
         (lambda: MOD().state(), "no policies"),
         (lambda: MOD().state([PIRATE, ""]), "a context is empty"),
         (lambda: Drift({}, "small"), "needs attributes"),
+        (lambda: Drift([BRIEF], "small"), "needs attributes"),
+        (lambda: Drift(ATTRIBUTES, "small").state([1.0]), "by the names of attributes"),
+        (lambda: Drift(ATTRIBUTES, "small").state({"loud": "much"}), "weight of loud must be a number"),
         (lambda: Drift({"loud": " "}, "small"), "'loud' is empty"),
         (lambda: Drift(ATTRIBUTES, "small", beta=0.0), "beta must be above 0"),
         (lambda: Drift(ATTRIBUTES, "small").state({"rude": 1.0}), "no attribute 'rude'"),
@@ -471,6 +526,50 @@ def test_drift_weighs_attributes_by_choices(models: dict[str, steer.FrozenLM], c
 def test_bad_input_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(steer.SteerError, match=message):
         make()
+
+
+HALF, ONE, PARTS = np.float32(0.5), np.int64(1), np.array([0.25, 0.75])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda half, one, parts: CoS(lam=half, records=one).state(PIRATE),
+        lambda half, one, parts: CoSMany(lams=half).state([PIRATE, CLERK]),
+        lambda half, one, parts: CoSMany(lams=parts).state([PIRATE, CLERK]),
+        lambda half, one, parts: CoSPair(lam=half).state(PIRATE, CLERK),
+        lambda half, one, parts: Guidance(scale=half).state(PIRATE),
+        lambda half, one, parts: ContrastiveDecoding("small", half, half).state(),
+        lambda half, one, parts: DExperts("tuned", "small", half, half).state(),
+        lambda half, one, parts: ProxyTuning("tuned", "small", half).state(),
+        lambda half, one, parts: Amulet(one, half, half, half).state(PIRATE),
+        lambda half, one, parts: CoSteer("small", one, half, half, half, half).state(PIRATE),
+        lambda half, one, parts: MOD(parts, "alpha", half, parts[0] < 1).state([PIRATE, None]),
+        lambda half, one, parts: Drift(ATTRIBUTES, beta=half).state({"loud": half}),
+    ],
+)
+def test_numbers_of_numpys_are_pythons_in_a_state(make: Callable[..., UserState]) -> None:
+    found, expected = make(HALF, ONE, PARTS), make(0.5, 1, [0.25, 0.75])
+    assert json.dumps(found.provenance.to_json()) == json.dumps(expected.provenance.to_json())
+    assert json.dumps(dict(found.data)) == json.dumps(dict(expected.data))
+
+
+def test_numbers_of_numpys_are_pythons_in_a_store(llama: steer.FrozenLM, choices: steer.History) -> None:
+    settings = KNNLM(HALF, ONE, HALF, max_tokens=np.int64(9)).fit(llama, choices).provenance.settings
+    assert json.dumps(dict(settings)) == json.dumps({"weight": 0.5, "k": 1, "temperature": 0.5})
+
+
+def test_a_recipe_that_is_changed_leaves_its_states_as_they_are() -> None:
+    attributes, many = dict(ATTRIBUTES), CoSMany(lams=[1.0, 2.0])
+    drift = Drift(attributes)
+    states = many.state([PIRATE, CLERK]), drift.state({"loud": 1.0})
+    many.lams[0] = 9.0  # type: ignore[index]
+    attributes["loud"] = "Whisper."
+    drift.attributes["loud"] = "Whisper."  # type: ignore[index]
+    assert [states[0].provenance.settings["lams"], states[1].provenance.settings["attributes"]] == [
+        [1.0, 2.0],
+        ATTRIBUTES,
+    ]
 
 
 def test_drift_reads_all_choices_and_takes_no_number_of_them() -> None:

@@ -114,6 +114,9 @@ def test_bad_input_is_told_before_anything_runs(model: steer.FrozenLM, monkeypat
     for contexts, arguments, said in (
         ([], {}, "one or more contexts"),
         (["a", "a"], {}, "all different"),
+        ({"one": "a", "other": "a"}, {}, "all different; got {'one': 'a', 'other': 'a'}"),
+        ({"one": 5}, {}, "a context must be text, got 5"),
+        (["a"], {"response": [5, 100]}, "the token 100; .* from 0 to 99"),
         ([" "], {}, "a context is empty"),
         (["a"], {"response": ""}, "a response is empty"),
         (["a"], {"opposite": "a"}, "its own opposite"),
@@ -173,6 +176,15 @@ def test_names_and_answers_are_shown_as_text(model: steer.FrozenLM, tmp_path: Pa
         found.figure(values).savefig(tmp_path / "influence.png")
 
 
+def test_its_repr_has_the_totals_and_no_tensors(model: steer.FrozenLM) -> None:
+    found = influence(model, PROMPT, RESPONSE, CONTEXTS | {"n" * 300: "no."})
+    shown = repr(found)
+    assert shown.startswith(f"Influence({len(found.tokens)} tokens; 'sea': {found.log_ratio[0]:+.2f} nats in all, KL ")
+    assert f"'loud': {found.log_ratio[1]:+.2f} nats" in shown
+    assert "tensor" not in shown
+    assert len(shown) < 300
+
+
 def test_json_has_all_the_numbers(model: steer.FrozenLM) -> None:
     found = influence(model, PROMPT, RESPONSE, CONTEXTS)
     plain: dict[str, Any] = json.loads(json.dumps(found.to_json()))
@@ -210,6 +222,9 @@ def test_steer_influence(model: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch,
     for wrong, said in (
         (["--values", "cosine"], "not one of change, kl, rank"),
         (["--png", tmp_path], "be written"),
+        (["--png", tmp_path / "a.xyz"], r"a\.xyz has the ending of no picture; there are .*\.png"),
+        (["--png", tmp_path / "a"], "the ending of no picture"),
+        (["--html", tmp_path / "a.png"], r"a\.png has not the ending of a page, \.html"),
         (["--context", " "], "a context is empty$"),
         (["--context", contexts[0]], "all different"),
         (["--opposite", contexts[0]], "its own opposite"),

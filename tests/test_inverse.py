@@ -351,13 +351,18 @@ def test_half_precision_is_worked_on_in_float32() -> None:
         ({"grid": []}, "λ must be finite"),
         ({"grid": [0.0, math.nan]}, "λ must be finite"),
         ({"grid": [0.0, math.inf]}, "λ must be finite"),
+        ({"grid": ["1"]}, "λ must be finite, and at least one, got \\['1'\\]"),
+        ({"grid": None}, "λ must be finite, and at least one, got None"),
         ({"grid": [1.0]}, "two or more λ in rising order"),
         ({"grid": [1.0, 0.0]}, "two or more λ in rising order"),
         ({"grid": [1.0, 1.0]}, "two or more λ in rising order"),
         ({"grid": [0.0, 1.0], "prior": [1.0]}, "a weight for each λ of the grid: 2, not 1"),
         ({"grid": [0.0, 1.0], "prior": [-1.0, 1.0]}, "none is below 0"),
         ({"grid": [0.0, 1.0], "prior": [0.0, 0.0]}, "one is above"),
+        ({"grid": [0.0, 1.0], "prior": ["a", "b"]}, "a prior's weights are numbers"),
         ({"level": 1.0}, "level=1.0 is not between"),
+        ({"level": "a"}, "level=a is not between"),
+        ({"temperature": "a"}, "temperature=a is not above 0"),
         ({"temperature": 0.0}, "temperature=0.0 is not above 0"),
         ({"prompts": "hi"}, "`prompts` holds one entry a text"),
         ({"contexts": "hi"}, "`contexts` holds one entry a text"),
@@ -369,6 +374,11 @@ def test_half_precision_is_worked_on_in_float32() -> None:
         ({"opposites": ["I shout."]}, "its own opposite"),
         ({"responses": [""]}, "a response is empty"),
         ({"responses": [[]]}, "a response is empty"),
+        ({"responses": [[5, 100]]}, "a response has the token 100; this model's are whole numbers from 0 to 99"),
+        ({"responses": [[5, -1]]}, "a response has the token -1"),
+        ({"responses": [[5, 1.0]]}, "a response has the token 1.0"),
+        ({"responses": [["HELLO"]]}, "a response has the token 'HELLO'"),
+        ({"contexts": [5]}, "a context must be text, got 5"),
         ({"prompts": [""]}, "a prompt is empty"),
         ({"prompts": [[5, 6]]}, "a context needs a prompt of text"),
         ({"contexts": ["x" * 200]}, "214 tokens and the model's window is 200"),
@@ -382,6 +392,14 @@ def test_bad_input_is_told_before_anything_runs(
         arguments = {"prompts": ["greet me"], "responses": ["HELLO"], "contexts": ["I shout."]} | changed
         with pytest.raises(steer.SteerError, match=said):
             infer_lambda(lm, **arguments)
+
+
+def test_token_ids_of_any_kind_are_the_same(llama: steer.FrozenLM) -> None:
+    # The last token that the model has is one.
+    ids = [*llama.tokenizer("HELLO").input_ids, 99]
+    given = [ids, tuple(ids), torch.tensor(ids), np.array(ids)]
+    found = infer_lambda(llama, ["greet me"] * 4, given, ["I shout."] * 4)  # type: ignore[arg-type]
+    assert (found.log_likelihood == found.log_likelihood[0]).all()
 
 
 def test_bad_candidates_are_told_before_anything_runs(llama: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,6 +420,17 @@ def test_bad_candidates_are_told_before_anything_runs(llama: steer.FrozenLM, mon
 def test_a_model_without_a_tokenizer_reads_no_texts() -> None:
     with steer.wrap(tiny("llama")) as lm, pytest.raises(steer.SteerError, match="without a tokenizer"):
         infer_lambda(lm, ["greet me"], ["HELLO"], ["I shout."])
+
+
+def test_its_repr_has_the_first_texts_and_no_tensors(double: steer.FrozenLM) -> None:
+    found = infer_lambda(double, PROMPTS * 2, RESPONSES * 2, CONTEXTS * 2, grid=GRID)
+    one = f"{found.lam[0]:+.2f} [{found.low[0]:+.2f}, {found.high[0]:+.2f}], "
+    shown = repr(found)
+    assert shown.startswith(f"LambdaPosterior(6 texts, λ with its 95% interval: {one}")
+    assert shown.endswith("], …)")
+    assert shown.count(one) == 2
+    assert "tensor" not in shown
+    assert "…" not in repr(infer_lambda(double, PROMPTS[:1], RESPONSES[:1], CONTEXTS[:1], grid=GRID))
 
 
 # The command.
@@ -474,7 +503,9 @@ def test_steer_infer_lambda_says_what_is_wrong(texts: Path, monkeypatch: pytest.
         ([file(b"[]")], "bad.jsonl:1: expected an object"),
         ([file(b"\n{")], "bad.jsonl:2: not JSON"),
         ([file(b"\xff")], "bad.jsonl:1: not JSON"),
-        ([texts, "-c", "a", "--grid", "1:0:0.1"], "λ must be finite"),
+        ([texts, "-c", "a", "--grid", "1:0:0.1"], "--grid 1:0:0.1 runs from high to low"),
+        ([texts, "-c", "a", "--grid", "1:0:-0.1"], "--grid 1:0:-0.1 runs from high to low"),
+        ([texts, "-c", "a", "--grid", "0:1:-0.1"], "--grid 0:1:-0.1 runs from high to low"),
         ([texts, "-c", "a", "--grid", "0:1:0"], "no list such as"),
         ([texts, "-c", "a", "--grid", "0:1"], "no list such as"),
         ([texts, "-c", "a", "--grid", "a,b"], "no list such as"),
@@ -482,9 +513,21 @@ def test_steer_infer_lambda_says_what_is_wrong(texts: Path, monkeypatch: pytest.
         ([texts, "-c", "a", "--grid", "1,0"], "in rising order"),
         ([texts, "-c", "a", "--level", 2], "level=2.0 is not between"),
         ([texts, "-c", "a", "--temperature", 0], "temperature=0.0 is not above 0"),
-        ([texts, "-c", " "], "texts.jsonl:1: a context is empty$"),
+        ([texts, "-c", " "], "^--context is empty$"),
+        ([texts, "-c", "a", "--opposite", ""], "^--opposite is empty$"),
         ([texts, "-c", "a", "--opposite", "a"], "texts.jsonl:1: 'a' is its own opposite"),
-        (["-p", "x", "-c", "a", "-r", ""], "there is no response"),
+        (["-p", "x", "-c", "a", "-r", ""], "^--response is empty$"),
+        ([file(b'{"prompt": "a", "response": "", "context": "b"}')], "bad.jsonl:1: `response` is empty$"),
+        ([file(b'{"prompt": "a", "text": "b", "context": " "}')], "bad.jsonl:1: `context` is empty$"),
+        ([file(b'{"prompt": "a", "context": "b"}')], "bad.jsonl:1: there is no response; write it into the line$"),
+        ([file(b'{"response": "a", "context": "b"}')], "bad.jsonl:1: there is no prompt; --prompt gives one$"),
+        (
+            [file(b'{"prompt": "a", "text": "b", "context": "c", "oposite": "d"}')],
+            "bad.jsonl:1: 'oposite' is no key of a line, but 'opposite' is; it has prompt, response",
+        ),
+        ([file(b'{"prompt": "a", "text": "b", "context": "c", "zzz": 1}')], "'zzz' is no key of a line; it has"),
+        ([texts.parent], "is a folder; give a file"),
+        ([texts, "-c", "a", "--png", texts.parent / "x.xyz"], "x.xyz has the ending of no picture; there are .*png"),
         ([texts, "-c", "a", "--png", texts.parent / "none" / "x.png"], "cannot be written"),
     ):
         with pytest.raises(steer.SteerError, match=said):

@@ -156,7 +156,7 @@ def test_every_row_keeps_its_own_lambda(llama: steer.FrozenLM) -> None:
 
 
 def test_contexts_that_cannot_be(llama: steer.FrozenLM) -> None:
-    with pytest.raises(steer.SteerError, match="λ must be finite"):
+    with pytest.raises(steer.SteerError, match="lam must be finite"):
         steer.CoS(lam=float("inf"))
     with pytest.raises(steer.SteerError, match="a context is empty"):
         steer.CoS().state(" \n")

@@ -288,7 +288,10 @@ def test_models_that_states_name_are_given_beside_the_scored_one(
         loss = row_losses(llama, span, [edit], 1, models={"small": small}).item()
     ann = json.loads((tmp_path / "out.json").read_text())["users"]["ann"]
     assert ann["nll_own"] == pytest.approx(loss / ann["n_tokens"], rel=1e-5)
-    for wrong, message in ([], "small"), (["--beside", "smal=tiny"], "no state of these rows needs it"):
+    # Before a model is loaded.
+    monkeypatch.setattr("steer.cli.options.load", None)
+    missing = "no --beside for 'small'; add --beside small=MODEL"
+    for wrong, message in ([], missing), (["--beside", "smal=tiny"], "no state of these rows needs it"):
         refused = CliRunner().invoke(app, [*asked, *wrong])
         assert isinstance(refused.exception, steer.SteerError)
         assert message in str(refused.exception)

@@ -313,6 +313,26 @@ def test_states_that_make_no_sense(llama: steer.FrozenLM) -> None:
         style(llama, 1, size=float("nan"))
 
 
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        (["I sail."], r"a dict of them by name, and no str; make one with steer.CoS\(lam=1\).state\(\"I sail.\"\)"),
+        ([["I sail."]], "a dict of them by name, and no str"),
+        ([{"mine": "I sail."}], "a dict of them by name, and no str"),
+        ([steer.CoS(lam=1)], "a dict of them by name, and no CoS"),
+        ([5], "a dict of them by name, and no int"),
+        (steer.CoS(lam=1).state("I sail."), r"one entry a row; write states=\[state\]"),
+        (0.5 * steer.CoS(lam=1).state("I sail."), "one entry a row"),
+        ({"mine": steer.CoS(lam=1).state("I sail.")}, "one entry a row"),
+        ("I sail.", "one entry a row"),
+        (5, "one entry a row"),
+    ],
+)
+def test_what_is_no_state_is_told(llama: steer.FrozenLM, states: Any, message: str) -> None:
+    with pytest.raises(steer.SteerError, match=message):
+        llama.generate(["hello"], states=states)
+
+
 def test_edits_that_make_no_sense(llama: steer.FrozenLM) -> None:
     def refused(message: str, *edits: steer.inject.Edit) -> None:
         with pytest.raises(steer.SteerError, match=message), llama.steered(states=[None] * 2, edits=edits):

@@ -162,12 +162,7 @@ def extract(
         result = {"model": model, "bank": str(bank), "name": name, "method": fitting.name, "users": rows}
         print(json.dumps(result, ensure_ascii=False))
         return
-    table = Table("user", "records", "site", "‖v‖", "dose of strength 1", box=None)
-    for key, row in rows.items():
-        for at, numbers in row["sites"].items():
-            dose = "" if numbers["dose"] is None else f"{numbers['dose']:.3f}"
-            table.add_row(key, str(row["records"]), at, f"{numbers['norm']:.4g}", dose)
-    options.out.print(table)
+    options.out.print(_table(rows))
     options.err.print(f"{len(rows)} states of {fitting.name} named {name!r} in {bank}")
     if faint := [key for key, row in rows.items() if row.get("own_share", 1.0) < _FAINT]:
         more = len(faint) - 1
@@ -196,14 +191,30 @@ def _method(name: str | None, settings: dict[str, Any], of_style: dict[str, Any]
     return StyleVector.paper(settings.pop("layer", ()), **settings)
 
 
+def _table(rows: dict[str, dict[str, Any]]) -> Table:
+    """A line for each vector, or for each user where states hold none."""
+    if not any(row["sites"] for row in rows.values()):
+        table = Table("user", "records", "bytes", box=None)
+        for key, row in rows.items():
+            table.add_row(key, str(row["records"]), str(row["bytes"]))
+        return table
+    table = Table("user", "records", "site", "‖v‖", "dose of strength 1", box=None)
+    for key, row in rows.items():
+        for at, numbers in row["sites"].items():
+            dose = "" if numbers["dose"] is None else f"{numbers['dose']:.3f}"
+            table.add_row(key, str(row["records"]), at, f"{numbers['norm']:.4g}", dose)
+    return table
+
+
 def _to_json(state: UserState) -> dict[str, Any]:
-    """The numbers of records, and of each vector its norm and what dose strength 1 is."""
+    """The numbers of records and of bytes, and of each vector its norm and what dose strength 1 is."""
     calibration = state.provenance.calibration
     references = calibration.get("reference_norm", {})
     norms = {site: state.tensors[site].norm().item() for site in state.provenance.sites if site in state.tensors}
     return {
         "records": len(state.provenance.records),
         "left_out": len(calibration.get("left_out", ())),
+        "bytes": sum(tensor.nbytes for tensor in state.tensors.values()),
         "sites": {
             site: {"norm": round(norm, 4), "dose": round(norm / references[site], 4) if site in references else None}
             for site, norm in norms.items()

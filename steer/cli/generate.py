@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steer.cli import options
-from steer.cli.contexts import contrasts, read_contexts, require_mentioned
+from steer.cli.contexts import contrasts, read_contexts, require_beside, require_one, stored
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
@@ -118,6 +120,8 @@ def generate(
     """
     from steer import Bank
 
+    if not prompt:
+        raise SteerError("--prompt is empty")
     if user and bank is None and contexts is None:
         raise SteerError("--user needs the --bank that holds the states, or --contexts")
     if bank is not None and not user and contexts is None:
@@ -130,18 +134,28 @@ def generate(
         raise SteerError("--context is one for all rows, --contexts one for each user; give one of them")
     if contexts is None and (method or setting):
         raise SteerError("--method and --set say how --contexts act; give such a file")
+    if unknown_user not in ("error", "plain"):
+        raise SteerError(f"--unknown-user {unknown_user} is neither error nor plain")
+    if strength is not None and dose is not None:
+        raise SteerError("--strength and --dose are two units of the same thing; give one of them")
     if repetition_penalty is not None and not repetition_penalty > 0:
         raise SteerError(f"--repetition-penalty={repetition_penalty} is not above 0; 1 is none")
     if stream and as_json:
         raise SteerError("--stream shows the answer as it is written; it does not go with --json")
     store = None if bank is None else Bank(bank, create=False)
+    if strength is not None or dose is not None:
+        _require_vectors(store, name)
     known = (
         {}
         if contexts is None
         else read_contexts(contexts, (method or "cos").replace("-", "_"), options.parse_settings(setting or []))
     )
-    if store is None and (strangers := sorted(set(user or []) - set(known))) and contexts is not None:
-        raise SteerError(f"{contexts} has nothing about {strangers[0]!r}; there are {', '.join(sorted(known)[:10])}")
+    strangers = sorted(set(user or []) - set(known))
+    if strangers and store is None and unknown_user == "error":
+        raise SteerError(
+            f"{contexts} has nothing about {strangers[0]!r}; there are {', '.join(sorted(known)[:10])}. "
+            "--unknown-user plain lets such rows be plain"
+        )
     people: list[str | None] = list(user or known or ([CONTEXT_ROW] if context is not None else []))
     rows = people if stream else [None, *people]
     rows = rows or [None]
@@ -164,22 +178,25 @@ def generate(
             "unknown_user": unknown_user,
         }
     if context is not None:
-        state = _state(context, lam)
-        arguments["states"] = [None if row is None else {"--context": state} for row in rows]
-    if contexts is not None:
-        arguments["states"] = [{"--contexts": known[row]} if row in known else None for row in rows]
+        known = dict.fromkeys([row for row in people if row is not None], _state(context, lam))
+    option = "--contexts" if context is None else "--context"
+    if known:
+        arguments["states"] = [{option: known[row]} if row in known else None for row in rows]
+    kept = [] if store is None else stored(store, arguments["users"], name)
+    for row, own in zip(rows, kept, strict=False):
+        if row is not None:
+            require_one(row, option if row in known else None, own)
     others = options.parse_beside(beside or [])
-    if others:
-        given = [state for row in arguments.get("states", []) if row is not None for state in row.values()]
-        require_mentioned(others, [*given, *_stored(store, people, name)])
+    given = [known[row] for row in rows if row in known]
+    require_beside(others, [*given, *(state for own in kept for state in own.values())])
     lm = options.load(model, device, dtype)
     if others:
         arguments["models"] = {name: options.load(other, device, dtype) for name, other in others.items()}
     if stream:
-        _stream(lm, prompt, arguments)
+        _stream(lm, prompt, rows, arguments)
         return
     start = time.perf_counter()
-    tokens = lm.generate_tokens([prompt] * len(rows), **arguments)
+    tokens = _generate(lm, prompt, rows, arguments)
     seconds = time.perf_counter() - start
     assert lm.tokenizer is not None
     answers = lm.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -202,21 +219,22 @@ def generate(
 
 
 def _state(context: str, lam: float | None) -> UserState:
-    """CoS of `--context` and `--lambda`, or SteerError with these names."""
+    """CoS of `--context` and `--lambda`, or SteerError with the name of the one that is wrong."""
     from steer import CoS
 
+    if not context.strip():
+        raise SteerError("--context is empty")
     try:
         return (CoS() if lam is None else CoS(lam=lam)).state(context)
     except SteerError as error:
-        raise SteerError(f"--context and --lambda: {error}") from None
+        raise SteerError(f"--lambda: {error}") from None
 
 
-def _stored(bank: Bank | None, users: list[str | None], names: list[str] | None) -> list[UserState]:
-    """What the bank has of these users, as far as it contrasts."""
-    if bank is None:
-        return []
-    rows = [row for user in users if user not in (None, CONTEXT_ROW) for row in bank.rows(user)]
-    return [bank[row.user, row.name] for row in rows if contrasts(row.method) and (not names or row.name in names)]
+def _require_vectors(bank: Bank | None, names: Sequence[str] | None) -> None:
+    """Raises SteerError if there is nothing that a strength could scale."""
+    kinds = [] if bank is None else [source for name, source, _ in bank.templates() if name in (names or [name])]
+    if bank is None or (kinds and all(contrasts(source.method) for source in kinds)):
+        raise SteerError("--strength and --dose scale the vectors of a bank, and there are none for these rows")
 
 
 def _sampling(temperature: float | None, limits: dict[str, Any], seed: int, rows: int) -> dict[str, Any]:
@@ -231,9 +249,20 @@ def _sampling(temperature: float | None, limits: dict[str, Any], seed: int, rows
     return {"do_sample": True, "temperature": temperature or 1.0, **free, **limits, "seeds": seeds}
 
 
-def _stream(lm: FrozenLM, prompt: str, arguments: dict[str, Any]) -> None:
+def _generate(lm: FrozenLM, prompt: str, rows: Sequence[str | None], arguments: dict[str, Any]) -> list[list[int]]:
+    """The answers' tokens. Errors name the user where the library names the row."""
+    try:
+        return lm.generate_tokens([prompt] * len(rows), **arguments)
+    except SteerError as error:
+        if not (found := re.match(r"row (\d+)(?=:)", str(error))):
+            raise
+        user = rows[int(found[1])]
+        raise SteerError(f"{'the plain row' if user is None else repr(user)}{str(error)[found.end() :]}") from None
+
+
+def _stream(lm: FrozenLM, prompt: str, rows: Sequence[str | None], arguments: dict[str, Any]) -> None:
     from transformers import TextStreamer
 
     assert lm.tokenizer is not None
     streamer = TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    lm.generate_tokens([prompt], streamer=streamer, **arguments)
+    _generate(lm, prompt, rows, {**arguments, "streamer": streamer})

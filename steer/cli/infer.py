@@ -14,13 +14,16 @@ from rich.text import Text
 
 from steer.cli import directions, options, results
 from steer.cli.extract import progress_bar
-from steer.cli.lines import read_lines
+from steer.cli.lines import meant, read_lines
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
     from steer.inverse import LambdaPosterior
 
 _SHOWN = 60
+_KEYS = ("prompt", "response", "text", "context", "opposite")
+# What a line of a history may have besides, and nobody asks for here.
+_PASSED_OVER = ("id", "user_id", "time")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def infer_lambda(
     lines = [_line(given, {}, "this call")] if file is None else _read(file, given)
     lams = options.parse_grid("--grid", grid)
     inverse.require_settings(lams, level, temperature)
-    results.require_writable(png)
+    results.require_writable(png=png)
     lm = options.load(model, device, dtype)
     with progress_bar() as progress, warnings.catch_warnings():
         # The table and the JSON say it of each text.
@@ -108,10 +111,14 @@ def infer_lambda(
 
 def _read(file: Path, given: dict[str, str | None]) -> list[_Line]:
     """Raises SteerError if the file is missing or holds no texts, or a line is none; the message names the line."""
-    lines = [
-        _line(given, {"response": entry.get("text")} | entry, where)
-        for where, entry in read_lines(file, "`prompt`, `response` and `context`")
-    ]
+    lines = []
+    for where, entry in read_lines(file, "`prompt`, `response` and `context`"):
+        if wrong := [key for key in entry if key not in _KEYS + _PASSED_OVER]:
+            raise SteerError(
+                f"{where}: {wrong[0]!r} is no key of a line{meant(wrong[0], _KEYS)}; it has prompt, response (or text) "
+                "and context, and may have opposite"
+            )
+        lines.append(_line(given, {"response": entry.get("text")} | entry, where))
     if not lines:
         raise SteerError(f"{file}: the file holds no texts")
     return lines
@@ -123,9 +130,12 @@ def _line(given: dict[str, str | None], entry: dict[str, object], where: str) ->
     own = {name: value if entry.get(name) is None else entry[name] for name, value in given.items()}
     if wrong := [name for name, value in own.items() if not isinstance(value, str | None)]:
         raise SteerError(f"{where}: `{wrong[0]}` must be text")
-    for name in ("prompt", "response", "context"):
-        if not own[name]:
-            raise SteerError(f"{where}: there is no {name}; --{name} gives one")
+    for name, value in own.items():
+        if value is None and name != "opposite":
+            remedy = "write it into the line" if name == "response" and entry else f"--{name} gives one"
+            raise SteerError(f"{where}: there is no {name}; {remedy}")
+        if isinstance(value, str) and not value.strip():
+            raise SteerError(f"--{name} is empty" if entry.get(name) is None else f"{where}: `{name}` is empty")
     line = _Line(**own)  # type: ignore[arg-type]
     try:
         require_contexts([line.context], line.opposite)

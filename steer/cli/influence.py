@@ -49,7 +49,7 @@ def influence(
     require_contexts(list(by_name(context).values()), opposite)
     if not response:
         raise SteerError("--response is empty: it has no token to look at")
-    results.require_writable(html, png)
+    results.require_writable(html=html, png=png)
     lm = options.load(model, device, dtype)
     found = influence_of(lm, prompt, response, context, opposite=opposite, chat=False if raw else None)
     if as_json:

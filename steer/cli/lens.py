@@ -41,6 +41,7 @@ def lens(
     if centred and bank is None:
         raise SteerError("--centred takes away the mean over a bank; give --bank and --user")
     common = directions.population_mean(Bank(bank, create=False), name, site) if centred and bank is not None else None
+    results.require_writable(html=html, png=png)
     lm = options.load(model, device, dtype)
     found = view.lens(lm, chosen, site=site, k=k, common=common)
     if as_json:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ def read_lines(file: Path, has: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         SteerError: there is no such file, or a line is no object; the message says where.
     """
+    if file.is_dir():
+        raise SteerError(f"{file} is a folder; give a file")
     if not file.is_file():
         raise SteerError(f"{file}: there is no such file")
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
@@ -33,3 +36,9 @@ def read_lines(file: Path, has: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(entry, dict):
             raise SteerError(f"{where}: expected an object with {has}")
         yield where, entry
+
+
+def meant(key: str, known: Iterable[str]) -> str:
+    """For a message on a key that is not known, what it resembles."""
+    alike = get_close_matches(key, list(known), n=1)
+    return f", but {alike[0]!r} is" if alike else ""

@@ -92,7 +92,8 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def _value_of(text: str) -> Any:
-    for read in (json.loads, ast.literal_eval):
+    # The last one for nan and inf.
+    for read in (json.loads, ast.literal_eval, float):
         # A JSONDecodeError is a ValueError.
         with suppress(ValueError, SyntaxError):
             return read(text)
@@ -116,10 +117,13 @@ def parse_grid(option: str, text: str) -> list[float]:
         if ":" not in text:
             return [float(part) for part in text.split(",")]
         low, high, step = (float(part) for part in text.split(":"))
-        # By counting: sums of steps would be rounded more and more.
-        return [low + i * step for i in range(int((high - low) / step + 1e-9) + 1)]
+        steps = int((high - low) / step + 1e-9)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise SteerError(f"{option} {text} is no list such as -1,0,2 and no range such as -4:4:0.5") from None
+    if high < low or step < 0:
+        raise SteerError(f"{option} {text} runs from high to low; write the lower end first, and a step above 0")
+    # By counting: sums of steps would be rounded more and more.
+    return [low + i * step for i in range(steps + 1)]
 
 
 def parse_numbers(option: str, text: str) -> list[float]:

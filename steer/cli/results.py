@@ -13,11 +13,25 @@ from steer.errors import SteerError
 from steer.files import draft
 
 
-def require_writable(*files: Path | None) -> None:
-    """Raises SteerError where a result could not be written, before a long run and not after it."""
-    for file in files:
+def require_writable(*files: Path | None, html: Path | None = None, png: Path | None = None) -> None:
+    """Raises SteerError where a result, a page or a picture could not be written, before a long run and not after it.
+
+    A picture needs matplotlib, and an ending that it knows.
+    """
+    for file in (*files, html, png):
         if file is not None and (not os.access(file.parent, os.W_OK) or (file.exists() and not file.is_file())):
             raise SteerError(f"{file} cannot be written: give a file, in a folder that exists and may be written to")
+
+    if html is not None and html.suffix.lower() not in ("", ".html", ".htm"):
+        raise SteerError(f"{html} has not the ending of a page, .html")
+    if png is not None and png.suffix[1:].lower() not in (known := _formats()):
+        raise SteerError(f"{png} has the ending of no picture; there are .{', .'.join(known)}")
+
+
+def _formats() -> list[str]:
+    from steer.view.figures import new_figure
+
+    return sorted(new_figure(1, 1).canvas.get_supported_filetypes())
 
 
 def write(file: Path | None, content: str | Mapping[str, Any] | Any) -> None:

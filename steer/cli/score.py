@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from steer.cli import options, results
-from steer.cli.contexts import require_mentioned
+from steer.cli.contexts import require_beside
 from steer.cli.extract import progress_bar
 from steer.errors import SteerError
 
@@ -71,7 +71,7 @@ def score(
     states = dict(zip(users, store.get_many(users, name), strict=True))
     shared = {state.provenance.artifact for state in states.values() if state is not None} - {None}
     companions = options.parse_beside(beside or [])
-    require_mentioned(companions, [state for state in states.values() if state is not None])
+    require_beside(companions, [state for state in states.values() if state is not None])
     tell_if_few(others, len(users))
     lm = options.load(model, device, dtype)
     with progress_bar() as progress:

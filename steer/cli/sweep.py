@@ -88,7 +88,7 @@ def sweep(
         raise SteerError(f"--{unit} must be finite, got {amounts}")
     at = options.parse_layers(layers)
     methods = _methods(method, at, options.parse_settings(setting or []), {"neutral": neutral, "pool": pool})
-    results.require_writable(json_file, html, png)
+    results.require_writable(json_file, html=html, png=png)
     known: list[History] = []
     later: list[History] = []
     for _, whole in read_histories(history, instruction=instruction):

@@ -43,6 +43,7 @@ def tokens(
         raise SteerError(f"--values {values} is not one of {', '.join(get_args(view.Values))}")
     shown: view.Values = values  # type: ignore[assignment]
     chosen = directions.collect(bank, user, name, vector)
+    results.require_writable(html=html, png=png)
     lm = options.load(model, device, dtype)
     found = view.projections(lm, text, chosen, site, prompt=prompt)
     if as_json:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -47,10 +48,15 @@ class Stream:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        if not abs(self.weight) < LARGEST:
-            raise SteerError(f"the weight of a stream must be finite and below {LARGEST:g} in size, got {self.weight}")
-        for name in ("context", "system"):
+        number = isinstance(self.weight, Real) and not isinstance(self.weight, bool)
+        if not (number and abs(self.weight) < LARGEST):
+            raise SteerError(
+                f"the weight of a stream must be finite and below {LARGEST:g} in size, got {self.weight!r}"
+            )
+        for name in ("context", "system", "model"):
             text = getattr(self, name)
+            if text is not None and not isinstance(text, str):
+                raise SteerError(f"the {name} of a stream must be text, got {text!r}")
             if text is not None and not text.strip():
                 raise SteerError(f"a {name} is empty; use None for a stream without one")
 

@@ -54,9 +54,11 @@ class Amulet(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole(steps=self.steps)
-        require_not_negative(steps=self.steps, alpha=self.alpha)
-        require_positive(anchor=self.anchor, eta=self.eta)
+        self.steps = require_whole("steps", self.steps)
+        require_not_negative("steps", self.steps)
+        self.alpha = require_not_negative("alpha", self.alpha)
+        self.anchor = require_positive("anchor", self.anchor)
+        self.eta = require_positive("eta", self.eta)
         coefficient(self.steps, self.alpha, self.alpha, self.anchor, self.eta)
 
     @property

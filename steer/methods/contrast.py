@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
@@ -42,7 +42,7 @@ class Contrast(Method):
     steered: Touched = "all"
 
     def __post_init__(self) -> None:
-        require_whole(records=self.records)
+        self.records = require_whole("records", self.records)
         if self.records < 1:
             raise SteerError(f"records={self.records}: a context needs one at least")
         if self.steered not in get_args(Touched):
@@ -75,9 +75,7 @@ class Contrast(Method):
         Raises:
             SteerError: they make no mixture.
         """
-        settings = {
-            field.name: _as_json(getattr(self, field.name)) for field in fields(self) if field.name != "records"
-        }
+        settings = {name: value for name, value in asdict(self).items() if name != "records"}
         state = UserState(Provenance(method=self.name, version=self.version, settings=settings), data=data)
         self.mixture_of(state)
         return state
@@ -120,42 +118,59 @@ def given(**texts: str | None) -> dict[str, str]:
     return {name: require_text(text, name) for name, text in texts.items() if text is not None}
 
 
-def require_finite(**values: float) -> None:
-    """Raises SteerError, naming it, for a value that is not finite."""
-    for name, value in values.items():
-        _require_number(name, value)
-        if not math.isfinite(value):
-            raise SteerError(f"{name} must be finite, got {value}")
+# Numbers come as NumPy's as well; what is kept in a state is Python's own.
 
 
-def require_positive(**values: float) -> None:
-    """Raises SteerError, naming it, for a value that is not finite and above 0."""
-    for name, value in values.items():
-        _require_number(name, value)
-        if not (math.isfinite(value) and value > 0):
-            raise SteerError(f"{name} must be above 0, got {value}")
-
-
-def require_not_negative(**values: float) -> None:
-    """Raises SteerError, naming it, for a value that is not finite or below 0."""
-    for name, value in values.items():
-        _require_number(name, value)
-        if not (math.isfinite(value) and value >= 0):
-            raise SteerError(f"{name} must not be negative, got {value}")
-
-
-def require_whole(**values: int) -> None:
-    """Raises SteerError, naming it, for a value that is no whole number."""
-    for name, value in values.items():
-        _require_number(name, value)
-        if not isinstance(value, Integral):
-            raise SteerError(f"{name} must be a whole number, got {value!r}")
-
-
-def _require_number(name: str, value: object) -> None:
+def require_number(name: str, value: object) -> float:
+    """The value as a float. Raises SteerError, naming it, if it is no number."""
     # True and False are numbers to Python.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise SteerError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def require_finite(name: str, value: object) -> float:
+    """The value as a float. Raises SteerError, naming it, if it is no finite number."""
+    number = require_number(name, value)
+    if not math.isfinite(number):
+        raise SteerError(f"{name} must be finite, got {number}")
+    return number
+
+
+def require_positive(name: str, value: object) -> float:
+    """The value as a float. Raises SteerError, naming it, if it is not finite and above 0."""
+    number = require_number(name, value)
+    if not (math.isfinite(number) and number > 0):
+        raise SteerError(f"{name} must be above 0, got {value}")
+    return number
+
+
+def require_not_negative(name: str, value: object) -> float:
+    """The value as a float. Raises SteerError, naming it, if it is not finite or below 0."""
+    number = require_number(name, value)
+    if not (math.isfinite(number) and number >= 0):
+        raise SteerError(f"{name} must not be negative, got {value}")
+    return number
+
+
+def require_whole(name: str, value: object) -> int:
+    """The value as an int. Raises SteerError, naming it, if it is no whole number."""
+    require_number(name, value)
+    if not isinstance(value, Integral):
+        raise SteerError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def require_list(name: str, values: Any) -> list[Any]:
+    """The values as a list. Raises SteerError, naming them, if they are a bare text, no list, or none."""
+    # A text would be a list of its characters; NumPy's scalars cannot be told from its arrays before they are listed.
+    try:
+        listed = [] if isinstance(values, str) else list(values)
+    except TypeError:
+        listed = []
+    if not listed:
+        raise SteerError(f"{name} must be a list of one or more, got {values!r}")
+    return listed
 
 
 def one_each(name: str, values: float | Sequence[float], texts: Sequence[object]) -> list[float]:
@@ -165,10 +180,3 @@ def one_each(name: str, values: float | Sequence[float], texts: Sequence[object]
     if len(values) != len(texts):
         raise SteerError(f"{len(values)} {name} for {len(texts)} contexts; give one for each, or one number for all")
     return [float(value) for value in values]
-
-
-def _as_json(value: Any) -> Any:
-    """The value as it reads back from a bank."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else value

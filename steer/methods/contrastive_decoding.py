@@ -17,7 +17,7 @@ from typing import ClassVar
 from steer.errors import SteerError
 from steer.inject import Mixture, Stream
 from steer.inject.streams import Touched
-from steer.methods.contrast import Contrast, given, require_positive
+from steer.methods.contrast import Contrast, given, require_number, require_positive
 from steer.state import UserState
 
 
@@ -44,9 +44,10 @@ class ContrastiveDecoding(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.alpha = require_number("alpha", self.alpha)
         if not 0 < self.alpha <= 1:
             raise SteerError(f"alpha={self.alpha} is not a share, above 0 and up to 1")
-        require_positive(temperature=self.temperature)
+        self.temperature = require_positive("temperature", self.temperature)
 
     def state(self, context: str | None = None) -> UserState:
         """The state of a user; both models read the context, if there is one, in front of the prompt.

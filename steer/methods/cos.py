@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, ClassVar
 
 from steer.errors import SteerError
@@ -29,6 +30,7 @@ from steer.methods.contrast import (
     newest_records,
     one_each,
     require_finite,
+    require_list,
     require_text,
     texts_of,
 )
@@ -58,7 +60,7 @@ class CoS(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_finite(λ=self.lam)
+        self.lam = require_finite("lam", self.lam)
 
     def state(self, context: str) -> UserState:
         """The state of a user about whom `context` is known, such as "I am a beginner."
@@ -87,7 +89,7 @@ class CoSMany(Contrast):
         steered: as for `Contrast`.
 
     Raises:
-        SteerError: some λ is not finite.
+        SteerError: some λ is not finite, or there is none.
     """
 
     name: ClassVar[str] = "cos_many"
@@ -96,8 +98,10 @@ class CoSMany(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for lam in [self.lams] if isinstance(self.lams, int | float) else self.lams:
-            require_finite(λ=lam)
+        if isinstance(self.lams, Real):
+            self.lams = require_finite("lams", self.lams)
+        else:
+            self.lams = [require_finite("lams", lam) for lam in require_list("lams", self.lams)]
 
     def state(self, contexts: Sequence[str]) -> UserState:
         """The state of a user about whom all this is known.
@@ -105,21 +109,20 @@ class CoSMany(Contrast):
         Raises:
             SteerError: there are no contexts, one is empty, or there is not one λ for each.
         """
-        if isinstance(contexts, str) or not contexts:
-            raise SteerError("`contexts` holds one text or more, such as ['I am a beginner.', 'I like birds.']")
-        one_each("λ", self.lams, contexts)
-        return self._made({"contexts": [require_text(context) for context in contexts]})
+        texts = [require_text(context) for context in require_list("contexts", contexts)]
+        one_each("lams", self.lams, texts)
+        return self._made({"contexts": texts})
 
     def fit(self, lm: FrozenLM, history: History) -> UserState:
         """Each of the user's newest records becomes a context."""
-        count = self.records if isinstance(self.lams, int | float) else len(self.lams)
+        count = self.records if isinstance(self.lams, float) else len(self.lams)
         newest = newest_records(history, count)
         return from_records(self.state([context_of([record]) for record in newest]), newest)
 
     @staticmethod
     def mixture(contexts: Sequence[str], lams: float | Sequence[float], steered: Touched = "all") -> Mixture:
         """The equation of App. B; the row itself is the prompt without a context."""
-        weights = one_each("λ", lams, contexts)
+        weights = one_each("lams", lams, contexts)
         further = (Stream(weight, context) for weight, context in zip(weights, contexts, strict=True))
         return Mixture((Stream(1 - sum(weights)), *further), steered=steered)
 
@@ -144,7 +147,7 @@ class CoSPair(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_finite(λ=self.lam)
+        self.lam = require_finite("lam", self.lam)
 
     def state(self, positive: str, negative: str) -> UserState:
         """The state of a user who is such as `positive` says, and not such as `negative` does.

@@ -57,9 +57,12 @@ class CoSteer(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole(steps=self.steps)
-        require_not_negative(steps=self.steps, alpha=self.alpha, beta=self.beta)
-        require_positive(anchor=self.anchor, eta=self.eta)
+        self.steps = require_whole("steps", self.steps)
+        require_not_negative("steps", self.steps)
+        self.alpha = require_not_negative("alpha", self.alpha)
+        self.beta = require_not_negative("beta", self.beta)
+        self.anchor = require_positive("anchor", self.anchor)
+        self.eta = require_positive("eta", self.eta)
         coefficient(self.steps, self.alpha, self.beta, self.anchor, self.eta)
 
     @property

@@ -17,7 +17,7 @@ from typing import ClassVar
 from steer.errors import SteerError
 from steer.inject import Mixture, Stream
 from steer.inject.streams import Touched
-from steer.methods.contrast import Contrast, given, require_finite
+from steer.methods.contrast import Contrast, given, require_finite, require_number
 from steer.state import UserState
 
 
@@ -44,7 +44,8 @@ class DExperts(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_finite(alpha=self.alpha)
+        self.alpha = require_finite("alpha", self.alpha)
+        self.top_p = require_number("top_p", self.top_p)
         if not 0 < self.top_p <= 1:
             raise SteerError(f"top_p={self.top_p} is not a probability, above 0 and up to 1")
 

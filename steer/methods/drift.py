@@ -11,6 +11,9 @@ The weights, in closed form, from pairs of a chosen answer y⁺ and a rejected o
     p(x) = softmax( h_LLM(x) + 1/β · Σ_i p_i · ( h_i(x) − h_base(x) ) )
 
 h are logits: of the steered model, and of the small one with and without the attribute's system message.
+
+All streams of a row are written by the steered model's chat template, also those that the small model reads; `fit`
+writes by the small model's own, unless it is told of the steered one.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from steer.companion import require_same_vocabulary
 from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Mixture, Stream
@@ -69,11 +73,12 @@ class Drift(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.attributes:
+        if not (isinstance(self.attributes, Mapping) and self.attributes):
             raise SteerError("Drift needs attributes: system messages by name, such as {'formal': 'Answer formally.'}")
         for name, message in self.attributes.items():
             require_text(message, f"system message {name!r}")
-        require_positive(beta=self.beta)
+        self.attributes = dict(self.attributes)
+        self.beta = require_positive("beta", self.beta)
 
     def state(self, weights: Mapping[str, float]) -> UserState:
         """The state of a user to whom the attributes matter so much; those that are not named do not.
@@ -81,32 +86,42 @@ class Drift(Contrast):
         Raises:
             SteerError: a weight is not finite, or there is no such attribute.
         """
-        for name, weight in weights.items():
-            if name not in self.attributes:
-                raise SteerError(f"there is no attribute {name!r}; there are {', '.join(sorted(self.attributes))}")
-            require_finite(**{f"the weight of {name}": weight})
-        return self._made({"weights": {name: float(weight) for name, weight in weights.items()}})
+        if not isinstance(weights, Mapping):
+            raise SteerError(f"weights go by the names of attributes, such as {{'formal': 0.8}}, got {weights!r}")
+        if strangers := [name for name in weights if name not in self.attributes]:
+            raise SteerError(f"there is no attribute {strangers[0]!r}; there are {', '.join(sorted(self.attributes))}")
+        found = {name: require_finite(f"the weight of {name}", weight) for name, weight in weights.items()}
+        return self._made({"weights": found})
 
-    def fit(self, lm: FrozenLM, history: History) -> UserState:
+    def fit(self, lm: FrozenLM, history: History, *, template_of: FrozenLM | None = None) -> UserState:
         """Weighs the attributes by a person's choices.
 
         Args:
-            lm: the small model. The large one is not needed.
+            lm: the small model.
             history: records whose response was preferred to the text under the key `rejected`.
+            template_of: the model that will be steered, so that the small one reads prompts here as it will there: in
+                the steered model's chat template. None for the small model's own, which comes to the same where the two
+                models share a template; then the large one is not needed.
 
         Raises:
-            SteerError: the history is empty, a record has no prompt or no other answer, or no attribute tells chosen
-                answers from rejected ones.
+            SteerError: the history is empty, a record has no prompt or no other answer, no attribute tells chosen
+                answers from rejected ones, there is no chat template, or the models have different vocabularies.
         """
-        return from_records(self.fit_pairs(lm, pairs_of(history, self.rejected)), history.records)
+        state = self.fit_pairs(lm, pairs_of(history, self.rejected), template_of=template_of)
+        return from_records(state, history.records)
 
-    def fit_pairs(self, lm: FrozenLM, pairs: Sequence[Pair]) -> UserState:
+    def fit_pairs(self, lm: FrozenLM, pairs: Sequence[Pair], *, template_of: FrozenLM | None = None) -> UserState:
         """The same from pairs, whose positive answers are the chosen ones."""
         if not pairs:
             raise SteerError("there are no pairs to weigh attributes by")
+        if template_of is not None:
+            require_same_vocabulary(template_of, lm, self.model or "small")
         answers = [(pair.prompt, answer) for pair in pairs for answer in (pair.positive, pair.negative)]
-        base = log_likelihoods(lm, answers, self.base)
-        rewards = torch.stack([log_likelihoods(lm, answers, message) - base for message in self.attributes.values()])
+        base, *informed = (
+            log_likelihoods(lm, answers, system, template_of=template_of)
+            for system in (self.base, *self.attributes.values())
+        )
+        rewards = torch.stack(informed) - base
         difference = (rewards[:, 0::2] - rewards[:, 1::2]).sum(1)
         norm = difference.norm().item()
         if not norm > 0 or not math.isfinite(norm):
@@ -132,7 +147,12 @@ class Drift(Contrast):
 
 @torch.no_grad()
 def log_likelihoods(
-    lm: FrozenLM, answers: Sequence[tuple[str, str]], system: str | None, *, batch_tokens: int = 2048
+    lm: FrozenLM,
+    answers: Sequence[tuple[str, str]],
+    system: str | None,
+    *,
+    template_of: FrozenLM | None = None,
+    batch_tokens: int = 2048,
 ) -> Float[Tensor, " answer"]:
     """log π(y | x, system) of answers to prompts, in nats, summed over an answer's tokens.
 
@@ -141,9 +161,10 @@ def log_likelihoods(
     """
     if lm.tokenizer is None:
         raise SteerError("this model was wrapped without a tokenizer and cannot read texts")
+    writer = template_of or lm
     spans = []
     for prompt, answer in answers:
-        head = lm.encode(prompt, system=system)
+        head = writer.encode(prompt, system=system)
         ids = [*head, *lm.tokenizer(answer, add_special_tokens=False).input_ids]
         require_room(lm, len(ids), "system message, prompt and answer have")
         spans.append(Span(ids, len(head), len(ids)))

@@ -41,7 +41,7 @@ class Guidance(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_finite(scale=self.scale)
+        self.scale = require_finite("scale", self.scale)
 
     def state(
         self,

@@ -27,7 +27,7 @@ from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Edit, NeighbourEdit
 from steer.method import Method
-from steer.methods.contrast import require_positive, require_whole
+from steer.methods.contrast import require_number, require_positive, require_whole
 from steer.read import Span, read_batches, record_span
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
@@ -51,7 +51,8 @@ class KNNLM(Method):
         max_tokens: longer texts are cut.
 
     Raises:
-        SteerError: λ is no share, k is no whole number above 0, T is not above 0, or there is no such site.
+        SteerError: λ is no share, k or `max_tokens` is no whole number above 0, T is not above 0, or there is no such
+            site.
     """
 
     name: ClassVar[str] = "knn_lm"
@@ -64,10 +65,13 @@ class KNNLM(Method):
 
     def __post_init__(self) -> None:
         self.site = Site.parse(self.site).canonical()
+        self.weight = require_number("weight", self.weight)
         if not 0 <= self.weight <= 1:
             raise SteerError(f"weight={self.weight} is not a share, from 0 to 1")
-        require_whole(k=self.k)
-        require_positive(k=self.k, temperature=self.temperature)
+        self.k, self.max_tokens = require_whole("k", self.k), require_whole("max_tokens", self.max_tokens)
+        require_positive("k", self.k)
+        require_positive("max_tokens", self.max_tokens)
+        self.temperature = require_positive("temperature", self.temperature)
 
     def fit(self, lm: FrozenLM, history: History) -> UserState:
         """Reads the states after which the tokens of the user's records come.

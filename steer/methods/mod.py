@@ -30,7 +30,9 @@ from steer.methods.contrast import (
     context_of,
     from_records,
     newest_records,
+    require_list,
     require_not_negative,
+    require_number,
     require_text,
 )
 from steer.state import UserState
@@ -69,13 +71,14 @@ class MOD(Contrast):
         super().__post_init__()
         if self.divergence not in get_args(Divergence):
             raise SteerError(f"divergence={self.divergence!r} is not one of {', '.join(get_args(Divergence))}")
+        self.alpha = require_number("alpha", self.alpha)
         if not 0 < self.alpha <= 1:
             raise SteerError(f"alpha={self.alpha} is not above 0 and up to 1")
+        self.tempered = bool(self.tempered)
         if self.weights is not None:
-            for weight in self.weights:
-                require_not_negative(weight=weight)
+            self.weights = [require_not_negative("weight", w) for w in require_list("weights", self.weights)]
             if not math.isclose(sum(self.weights), 1.0, abs_tol=1e-6):
-                raise SteerError(f"the weights of MOD must add up to 1, and {list(self.weights)} do not")
+                raise SteerError(f"the weights of MOD must add up to 1, and {self.weights} do not")
 
     def state(
         self,
@@ -92,13 +95,13 @@ class MOD(Contrast):
             models: names of other models, among `models` of `FrozenLM.steered`; None for the steered one.
 
         Raises:
-            SteerError: there are no policies, as many of one kind as of another or as weights, or a text is empty.
+            SteerError: there are no policies, not as many of one kind as of another or as weights, or a text is empty.
         """
         said = {"contexts": contexts, "systems": systems, "models": models}
-        parts = {what: list(values) for what, values in said.items() if values is not None}
+        parts = {what: require_list(what, values) for what, values in said.items() if values is not None}
         counts = {len(values) for values in parts.values()}
         counts |= set() if self.weights is None else {len(self.weights)}
-        if len(counts) != 1 or 0 in counts or not parts:
+        if len(counts) != 1 or not parts:
             found = ", ".join(f"{len(values)} {what}" for what, values in parts.items()) or "no policies"
             counted = "no" if self.weights is None else len(self.weights)
             raise SteerError(f"{found}, and {counted} weights; give as many of each as there are policies")

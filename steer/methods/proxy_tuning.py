@@ -40,7 +40,7 @@ class ProxyTuning(Contrast):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_finite(alpha=self.alpha)
+        self.alpha = require_finite("alpha", self.alpha)
 
     def state(self, context: str | None = None) -> UserState:
         """The state of a user; all three models read the context, if there is one, in front of the prompt.

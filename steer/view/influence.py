@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -70,6 +71,10 @@ class Influence:
     def mean_kl(self) -> Float[Tensor, " context"]:
         """How much each context has to say on this answer, in nats per token: the mean of `kl`."""
         return self.kl.mean(1)
+
+    def __repr__(self) -> str:
+        totals = "; ".join(f"{reprlib.repr(name)}: {self._total(i)}" for i, name in enumerate(self.names))
+        return f"Influence({len(self.tokens)} tokens; {totals})"
 
     def __str__(self) -> str:
         return text_of(self)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import PAD, VOCABULARY, tiny, tokenizer, unwrapped
@@ -183,49 +184,161 @@ def test_edits_may_touch_some_of_the_streams(lm: steer.FrozenLM, steered: Any) -
     assert_close(mixed, 2 * own - further)
 
 
+COMMON = "what these streams have in common is a context of some length: "
+
+
+def apart_and_once(
+    lm: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch, plan: dict[str, Any], **settings: Any
+) -> list[tuple[Any, int]]:
+    """What is generated where every row reads its own beginning, and where common ones may be read once.
+
+    With both, how many tokens the model has read.
+    """
+    settings = {"max_new_tokens": STEPS, "do_sample": False} | settings
+    seeds = settings.pop("seeds", None)
+    copies = settings.get("num_return_sequences", 1)
+    found, read = [], []
+    handle = lm.attachment.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(next(iter([*args, kwargs.get("input_ids")])).numel()), with_kwargs=True
+    )
+    for spared in (10**9, 0):
+        read.clear()
+        monkeypatch.setattr(decoding, "_SPARED_TOKENS", spared)
+        with lm.steered(**plan) as steering:
+            batch = steering.prepare(PROMPTS)
+            output = lm.model.generate(
+                **batch,
+                **steering.generate_kwargs(seeds=seeds),
+                return_dict_in_generate=True,
+                output_logits=True,
+                output_scores=True,
+                **settings,
+            )
+        prompts = batch["input_ids"].repeat_interleave(copies, 0)
+        assert torch.equal(output.sequences[:, : prompts.shape[1]], prompts)
+        found.append((output, sum(read)))
+    handle.remove()
+    return found
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """The same tokens, from the same logits and scores."""
+    assert torch.equal(one.sequences, other.sequences)
+    for name in ("logits", "scores"):
+        assert_close(*(torch.stack(output[name]).clamp(min=-1e4) for output in (one, other)))
+
+
 def test_what_streams_have_in_common_is_read_once(
     lm: steer.FrozenLM, models: dict[str, steer.FrozenLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same tokens with a common beginning read by every row, and read once and copied."""
-    common = "what these streams have in common is a context of some length: "
     mixtures: list[Mixture | None] = [
-        Mixture((Stream(1.5, f"{common} this"), Stream(-0.5, f"{common} or that"))),
+        Mixture((Stream(1.5, f"{COMMON} this"), Stream(-0.5, f"{COMMON} or that"))),
         None,
-        Mixture((Stream(1.0, common), Stream(0.5, model="expert"))),
+        Mixture((Stream(1.0, COMMON), Stream(0.5, model="expert"))),
         Mixture((Stream(1.0, "a"), Stream(-0.5, "another"))),
     ]
     edit = steer.ResidualEdit(steer.Site("resid_post", 1), 0.1 * torch.randn(4, lm.width), positions="prompt")
-    read: list[int] = []
-    handle = lm.attachment.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(next(iter([*args, kwargs.get("input_ids")])).numel()), with_kwargs=True
-    )
-
-    def run(spared: int) -> tuple[Any, int]:
-        read.clear()
-        monkeypatch.setattr(decoding, "_SPARED_TOKENS", spared)
-        with lm.steered(edits=[edit, steer.StreamEdit(mixtures)], models=models) as steering:
-            batch = steering.prepare(PROMPTS)
-            output = lm.model.generate(
-                **batch,
-                **steering.generate_kwargs(seeds=[1, 2, 3, 4]),
-                do_sample=True,
-                num_return_sequences=2,
-                max_new_tokens=STEPS,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        assert torch.equal(
-            output.sequences[:, : batch["input_ids"].shape[1]], batch["input_ids"].repeat_interleave(2, 0)
-        )
-        return output, sum(read)
-
-    (apart, all_tokens), (together, fewer) = run(10**9), run(0)
-    handle.remove()
-    assert torch.equal(apart.sequences, together.sequences)
-    for one, other in zip(apart.logits, together.logits, strict=True):
-        assert_close(one, other)
+    plan = {"edits": [edit, steer.StreamEdit(mixtures)], "models": models}
+    sampled: dict[str, Any] = {"do_sample": True, "seeds": [1, 2, 3, 4], "num_return_sequences": 2}
+    (apart, all_tokens), (once, fewer) = apart_and_once(lm, monkeypatch, plan, **sampled)
+    assert_same(apart, once)
     # A window sees padding between the common part and the rest.
     assert fewer < 0.7 * all_tokens if lm.sliding_window is None else fewer == all_tokens
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def either(request: pytest.FixtureRequest) -> Iterator[steer.FrozenLM]:
+    """With positions that turn keys, and with some that are added."""
+    with steer.wrap(tiny(request.param), tokenizer()) as lm:
+        yield lm
+
+
+def long_contexts(steered: Any = "all") -> list[Mixture | None]:
+    contexts = [("this", "or that"), ("one", "two"), ("x", "y"), ("", "z")]
+    return [
+        Mixture((Stream(1.5, f"{COMMON} {own}"), Stream(-0.5, f"{COMMON} {other}")), steered=steered)
+        for own, other in contexts
+    ]
+
+
+@pytest.mark.parametrize(
+    ("steered", "settings"),
+    [
+        ("own", {}),
+        ("further", {}),
+        ("all", {"use_cache": False}),
+        ("all", {"cache_implementation": "static"}),
+        ("all", {"output_hidden_states": True}),
+        ("all", {"output_attentions": True}),
+    ],
+    ids=str,
+)
+def test_beginnings_are_read_by_every_row_where_they_must(
+    either: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch, steered: Any, settings: dict[str, Any]
+) -> None:
+    """Where streams are steered differently, and with all that has no cache to copy, or wants every position."""
+    if "output_attentions" in settings:
+        either.model.set_attn_implementation("eager")
+    vectors = torch.randn(4, either.width, generator=torch.Generator().manual_seed(0))
+    edit = steer.ResidualEdit(steer.Site("resid_post", 0), vectors, positions="all")
+    plan = {"edits": [edit, steer.StreamEdit(long_contexts(steered))]}
+    (apart, all_tokens), (once, as_many) = apart_and_once(either, monkeypatch, plan, **settings)
+    assert_same(apart, once)
+    for name in ("hidden_states", "attentions"):
+        if name in apart:
+            # The prompts' own, of all layers.
+            for one, other in zip(apart[name][0], once[name][0], strict=True):
+                assert_close(one, other)
+            assert once[name][0][-1].shape[-2] > len(COMMON)
+    assert as_many == all_tokens
+
+
+def test_a_condition_reads_the_whole_beginning(either: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [random_row(seed, share=1.0) for seed in range(4)]
+    edits = [edit for edit in edits_of(rows, cross_attention()) if getattr(edit, "condition", None) is not None]
+    assert edits
+    plan = {"edits": [*edits, steer.StreamEdit(long_contexts())]}
+    (apart, all_tokens), (once, as_many) = apart_and_once(either, monkeypatch, plan)
+    assert_same(apart, once)
+    assert as_many == all_tokens
+
+
+# A long common beginning, one token, and none, beside a row that is not mixed.
+LENGTHS: list[Mixture | None] = [
+    Mixture((Stream(1.5, f"{COMMON} this"), Stream(-0.5, f"{COMMON} or that"))),
+    Mixture((Stream(1.0, "a"), Stream(-0.5, "another"))),
+    Mixture((Stream(1.0, "one"), Stream(-0.5, "two"))),
+    None,
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_beginnings_of_any_length_carry_the_rows_edits(
+    either: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Vectors, marks, projections, memories, and prefixes, which a row lacks whose streams share nothing."""
+    rows = [random_row(4 * seed + i, share=1.0) for i in range(4)]
+    rows[2] = replace(rows[2], prefix=None)
+    rows = [replace(row, prefix=None) for row in rows[:2]] + rows[2:] if seed == 1 else rows
+    edits = [edit for edit in edits_of(rows, cross_attention())[:-1] if getattr(edit, "condition", None) is None]
+    assert len(edits) == 6
+    plan = {"edits": [*edits, steer.StreamEdit(LENGTHS)]}
+    (apart, all_tokens), (once, fewer) = apart_and_once(either, monkeypatch, plan)
+    assert_same(apart, once)
+    assert fewer < 0.9 * all_tokens
+
+
+def test_beginnings_that_are_read_once_leave_the_neighbours_of_what_follows(
+    either: steer.FrozenLM, histories: list[steer.History], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, bob = (steer.KNNLM(weight=0.4, k=5, temperature=0.5).fit(either, history) for history in histories)
+    plan = {"states": [ann, bob, ann, bob], "edits": [steer.StreamEdit(LENGTHS)]}
+    (apart, all_tokens), (once, fewer) = apart_and_once(either, monkeypatch, plan)
+    assert_same(apart, once)
+    assert fewer < 0.9 * all_tokens
+    # They took part.
+    assert (once.scores[0].softmax(-1) - once.logits[0][:4].softmax(-1)).abs().max() > 0.01
 
 
 class Watch(StoppingCriteria):
@@ -351,8 +464,15 @@ def test_what_cannot_be_mixed_is_refused(llama: steer.FrozenLM, models: dict[str
     for weight in (float("nan"), 1e39, -1e6):
         with pytest.raises(steer.SteerError, match="must be finite and below"):
             Stream(weight)
-    with pytest.raises(steer.SteerError, match="a system is empty"):
-        Stream(1.0, system=" ")
+    for weight in ("a", None, True):
+        with pytest.raises(steer.SteerError, match="must be finite and below"):
+            Stream(weight)  # type: ignore[arg-type]
+    assert Stream(np.float32(0.5)) == Stream(0.5)  # type: ignore[arg-type]
+    for name in ("context", "system", "model"):
+        with pytest.raises(steer.SteerError, match=f"a {name} is empty"):
+            Stream(1.0, **{name: " "})
+        with pytest.raises(steer.SteerError, match=f"the {name} of a stream must be text, got 5"):
+            Stream(1.0, **{name: 5})  # type: ignore[arg-type]
 
 
 def test_nobody_steers_a_companion_meanwhile(llama: steer.FrozenLM, models: dict[str, steer.FrozenLM]) -> None:
