@@ -37,11 +37,17 @@ class InputAwareAttention(nn.Module):
         SteerError: a temperature that is not more than 0.
     """
 
+    log_temperature: Tensor
+
     def __init__(self, temperature: float = 1.0, *, learned: bool = False) -> None:
         super().__init__()
         if not 0 < temperature < math.inf:
             raise SteerError(f"temperature={temperature} is not a positive number")
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learned)
+        logarithm = torch.tensor(math.log(temperature))
+        if learned:
+            self.log_temperature = nn.Parameter(logarithm)
+        else:
+            self.register_buffer("log_temperature", logarithm)
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from steer.methods.knn_lm import KNNLM
 from steer.methods.mod import MOD
 from steer.methods.natural_gradient import NaturalGradient
 from steer.methods.perfit import PerFit
+from steer.methods.pplug import PPlug
 from steer.methods.prefix_tuning import PrefixTuning
 from steer.methods.proxy_tuning import ProxyTuning
 from steer.methods.repe import RepEPCA
@@ -35,6 +36,7 @@ __all__ = [
     "GivenVector",
     "Guidance",
     "NaturalGradient",
+    "PPlug",
     "PerFit",
     "PrefixTuning",
     "ProxyTuning",

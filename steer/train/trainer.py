@@ -59,7 +59,7 @@ _FREE = ("batch_tokens", "log_every", "save_every")
 
 
 class MakesEdits(Protocol):
-    """What a module to be trained has besides its parameters, all of which are trained.
+    """What a module to be trained has besides its parameters, those of which are trained that require a gradient.
 
     A module may also have `soft_tokens`, an int: how many a row gets at most, for the size of forward passes. And
     `rates`: learning rates of parameters whose names begin so, as multiples of that of the others.
@@ -164,7 +164,7 @@ def train_shared(
         raise SteerError(f"schedule={schedule!r} is not one of {', '.join(names)}")
     if not 0 <= warmup < 1:
         raise SteerError(f"warmup={warmup} is not a share of the steps; give 0 for none, or such as 0.05")
-    _require_trainable(module)
+    _require_trainable(lm, module)
     groups = parameter_groups(module, learning_rate, weight_decay)
     folder = Path(out).resolve()
     settings = {
@@ -442,6 +442,8 @@ def parameter_groups(module: nn.Module, learning_rate: float, weight_decay: floa
     decayed = set(get_parameter_names(module, norms, [r"(?:^|[._])bias$"]))
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         factor = next((factor for start, factor in rates.items() if name.startswith(start)), 1.0)
         groups[learning_rate * factor, weight_decay if name in decayed else 0.0].append(parameter)
     return [{"params": own, "lr": rate, "weight_decay": decay} for (rate, decay), own in groups.items()]
@@ -556,16 +558,17 @@ def _require_accelerate() -> None:
         raise SteerError("training needs accelerate: pip install 'steer-toolkit[train]'")
 
 
-def _require_trainable(module: nn.Module) -> None:
+def _require_trainable(lm: FrozenLM, module: nn.Module) -> None:
     parameters = dict(module.named_parameters())
     if not callable(getattr(module, "edits", None)):
         raise SteerError(f"{type(module).__name__} has no edits(examples), and so nothing to be trained for")
-    if not parameters:
+    if not any(parameter.requires_grad for parameter in parameters.values()):
         raise SteerError(f"{type(module).__name__} has no parameters to train")
-    if frozen := [name for name, parameter in parameters.items() if not parameter.requires_grad]:
+    model = {id(parameter) for parameter in lm.model.parameters()}
+    if frozen := [name for name, parameter in parameters.items() if id(parameter) in model]:
         raise SteerError(
-            f"{type(module).__name__} holds {frozen[0]!r}, which requires no gradient and would be in every "
-            "checkpoint; refer to what is frozen without registering it, such as from inside a tuple"
+            f"{type(module).__name__} holds {frozen[0]!r}, a parameter of the frozen model, which would be trained and be "
+            "in every checkpoint; refer to the model without registering it, such as from inside a tuple"
         )
 
 
