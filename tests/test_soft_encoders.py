@@ -194,7 +194,7 @@ def test_published_weights_tell_people_apart_less_to_begin_with() -> None:
         return (tokens @ tokens.T).fill_diagonal_(0).sum().item() / (200 * 199)
 
     assert alike(seeded(lambda: Projector(384, 576, scale=3.0))) < 0.3
-    assert alike(seeded(lambda: Projector(384, 576, scale=3.0, published=True))) > 0.9
+    assert alike(seeded(lambda: Projector(384, 576, scale=3.0, published=True))) > 0.8
 
 
 def test_learned_tokens_are_projections_of_their_vectors() -> None:
