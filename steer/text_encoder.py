@@ -104,7 +104,7 @@ class TextEncoder:
         for start in range(0, len(texts), _WINDOW):
             window = texts[start : start + _WINDOW]
             keys = [self._key(prefix, text) for text in window]
-            counts, known = Counter(keys), dict[str, Tensor]()
+            counts, known = Counter(keys), dict[str, torch.Tensor]()
             for batch in self._batches(dict(zip(keys, window, strict=True)), prefix):
                 known |= batch
                 done += sum(counts[key] for key in batch)
@@ -177,7 +177,7 @@ def _load(name: str | Path, device: str | torch.device | None) -> SentenceTransf
             # Whatever precision the weights are stored in; and no pickles.
             model_kwargs={"dtype": torch.float32, "use_safetensors": True},
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SteerError(f"{name} could not be loaded as a sentence encoder: {error}") from error
 
 

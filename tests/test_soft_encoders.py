@@ -174,7 +174,7 @@ def test_projector_is_two_layers_with_gelu(published: bool, normalized: bool) ->
 
 @pytest.mark.parametrize(("d_in", "d"), [(384, 64), (64, 1024), (768, 576)])
 def test_soft_tokens_begin_at_the_scale_of_token_embeddings(d_in: int, d: int) -> None:
-    vectors = nn.functional.normalize(torch.randn(64, 6, d_in, generator=generator()), dim=-1)
+    vectors = nn.functional.normalize(torch.randn(64, 6, d_in, generator=generator(5)), dim=-1)
     mask = torch.ones(64, 6, dtype=torch.bool)
     made = {
         "projector": seeded(lambda: Projector(d_in, d, scale=3.0))(vectors),
@@ -194,7 +194,7 @@ def test_published_weights_tell_people_apart_less_to_begin_with() -> None:
         return (tokens @ tokens.T).fill_diagonal_(0).sum().item() / (200 * 199)
 
     assert alike(seeded(lambda: Projector(384, 576, scale=3.0))) < 0.3
-    assert alike(seeded(lambda: Projector(384, 576, scale=3.0, published=True))) > 0.5
+    assert alike(seeded(lambda: Projector(384, 576, scale=3.0, published=True))) > 0.8
 
 
 def test_learned_tokens_are_projections_of_their_vectors() -> None:

@@ -111,16 +111,17 @@ def test_no_text_is_encoded_twice(folder: Path, encoded: list[str], embeddings: 
     assert encoded.count("a new") == 1
 
 
-def test_what_is_kept_is_found_by_what_is_read_together(folder: Path, encoded: list[str]) -> None:
+def test_a_prefix_is_kept_apart_from_the_text(folder: Path, encoded: list[str]) -> None:
     encoder = TextEncoder(folder)
-    assert not torch.allclose(encoder.encode(["c"], prefix="ab"), encoder.encode(["bc"], prefix=""))
-    assert encoded == ["abc", "bc"]
+    # Some models leave a prefix out of the mean.
+    torch.testing.assert_close(encoder.encode(["c"], prefix="ab"), encoder.encode(["abc"]))
+    assert encoded == ["abc", "abc"]
 
 
 def test_more_texts_than_are_looked_at_at_once(
     folder: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = [f"text {i % 17} {'x' * (i % 5)}" for i in range(60)]
+    texts = [f"text {i // 2 % 17} {'x' * (i // 2 % 5)}" for i in range(60)]
     whole = TextEncoder(folder, cache=None).encode(texts)
     assert len(encoded) == len(set(texts))
     monkeypatch.setattr("steer.text_encoder._WINDOW", 7)
