@@ -132,7 +132,7 @@ def train(
 
         results.write(out / "loss.png", training_figure(trained.log))
     if as_json:
-        result = {"method": training.name, "model": model, "out": str(out), "artifact": artifact.hash}
+        result: dict[str, Any] = {"method": training.name, "model": model, "out": str(out), "artifact": artifact.hash}
         result |= {"steps": trained.steps, "kept": trained.kept, "losses": dict(trained.losses)}
         print(json.dumps(result))
         return

@@ -75,7 +75,7 @@ def train_method(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = method.module(lm, split.known)
-    hyper = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
+    hyper: dict[str, Any] = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
     # Through JSON, as that is what a resumed run is compared with.
     about = {"method": method.name, "version": method.version, "settings": json.loads(json.dumps(hyper, default=str))}
     trained = train_shared(lm, module, split.train, split.validation, out=out, seed=seed, about=about, **settings)

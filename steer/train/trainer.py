@@ -311,7 +311,7 @@ class _Trainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean of −log p per token, of each validation set and of all their tokens together."""
-        self.model.eval()
+        self._shared.eval()
         totals = {name: self._totals(examples) for name, examples in cast(Any, self.eval_dataset).items()}
         losses = {f"eval_{name}_loss": (total[0] / total[1]).item() for name, total in totals.items()}
         everything = torch.stack(list(totals.values())).sum(0)
@@ -326,7 +326,7 @@ class _Trainer(Trainer):
         lengths = examples.lengths
         total = torch.zeros(2, dtype=torch.float64)
         for part in by_length({i: lengths[i] for i in own}, self.batch_tokens, self._soft_tokens):
-            sums, counts = self.model([examples[i] for i in part])
+            sums, counts = self._shared([examples[i] for i in part])
             total += torch.stack([sums.double().sum(), counts.double().sum()]).cpu()
         return self.accelerator.reduce(total.to(self.args.device)).cpu()
 
@@ -335,15 +335,19 @@ class _Trainer(Trainer):
         return by_length(lengths, self.batch_tokens, self._soft_tokens)
 
     @property
+    def _shared(self) -> _Shared:
+        return cast(_Shared, self.model)
+
+    @property
     def _soft_tokens(self) -> int:
-        return getattr(cast(_Shared, self.model).module, "soft_tokens", 0)
+        return getattr(self._shared.module, "soft_tokens", 0)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or cast(str, self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.model.state_dict().items()}
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self._shared.state_dict().items()}
         with draft(folder / WEIGHTS) as unfinished:
             save_file(tensors, unfinished)
 
