@@ -50,7 +50,8 @@ def test_soft_tokens_are_the_papers(llama: steer.FrozenLM, encoder: str) -> None
     torch.manual_seed(0)
     plug = method.module(llama, HISTORIES).eval()
     examples = [
-        Example(h.first(n), h.records[n], record_span(llama, h.records[n])) for h, n in zip(HISTORIES, (1, 3, 2, 5))
+        Example(whole.first(n), whole.records[n], record_span(llama, whole.records[n]))
+        for whole, n in zip(HISTORIES, (1, 3, 2, 5), strict=True)
     ]
     (edit,) = plug.edits(examples)
     assert edit.lengths.tolist() == [2, 2, 2, 2]

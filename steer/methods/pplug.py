@@ -12,10 +12,10 @@ Where paper and code differ, or other papers differ from this one, there is a hy
 
 * The code has L2-normalized embeddings on both sides and no temperature, so that no text weighs more than e² times
   another. τ is a parameter here, and may be learned.
-* Soft tokens are to have the scale of the model's own embeddings. The code has a constant of T5-XXL, and torch's initial
-  weights (`published=True`); here the scale is the usual norm of the model's own table.
-* The code adds ten copies of every example with parts of the history left out, the paper does not mention them: `copies`
-  of `steer.train.train_method`.
+* Soft tokens are to have the scale of the model's own embeddings. The code has a constant of T5-XXL and torch's own
+  initial weights (`published=True`); here the scale is the usual norm of the model's own table.
+* The code adds ten copies of every example with parts of the history left out, and the paper none: `copies` of
+  `steer.train.train_method`.
 * `persona`: a plain mean, the paper's ablation; a Perceiver, whose latents attend to the texts and become `slots` soft
   tokens (PERSOMA, Hebert et al., arXiv 2408.00960); a transformer that makes one soft token of each of the newest
   `slots` texts (UEM, Doddapaneni et al., arXiv 2401.04858).
@@ -78,7 +78,7 @@ class PPlug(Method):
         slots: soft tokens of the Perceiver, or newest texts of the transformer.
         temperature, learned_temperature: τ.
         instruction: whether there is I.
-        normalized: whether soft tokens have exactly the scale of the model's embeddings, in place of one that is learned.
+        normalized: whether soft tokens have exactly the scale of the model's embeddings, and not one that is learned.
         published: projectors as in the published code.
     """
 
@@ -178,9 +178,8 @@ class PPlug(Method):
         def tokens(prompts: Sequence[str]) -> Float[Tensor, "batch slot d"]:
             with torch.no_grad():
                 made = plug(items, mask, plug.queries([prompts[i] for i in bound]))
-            return made.new_zeros(len(rows), *made.shape[1:]).index_copy(
-                0, torch.tensor(bound, device=made.device), made
-            )
+            owners = torch.tensor(bound, dtype=torch.long, device=made.device)
+            return made.new_zeros(len(rows), *made.shape[1:]).index_copy(0, owners, made)
 
         return [PromptPrefix(tokens, lengths, lm.width_at(Site("embed")))]
 
@@ -285,13 +284,8 @@ class Plug(nn.Module):
 
     def lengths(self, mask: Bool[Tensor, "row item"]) -> Tensor:
         """How many soft tokens each row has."""
-        kind = self.method.persona
-        own = (
-            mask.sum(1)
-            if kind == "items"
-            else torch.full((len(mask),), self.method.slots if kind == "perceiver" else 1)
-        )
-        return own.to(mask.device) + int(self.method.instruction)
+        count = {"items": mask.sum(1), "perceiver": self.method.slots}.get(self.method.persona, 1)
+        return torch.zeros_like(mask[:, 0], dtype=torch.long) + count + int(self.method.instruction)
 
     def forward(
         self,

@@ -571,8 +571,8 @@ def _require_trainable(lm: FrozenLM, module: nn.Module) -> None:
     model = {id(parameter) for parameter in lm.model.parameters()}
     if frozen := [name for name, parameter in parameters.items() if id(parameter) in model]:
         raise SteerError(
-            f"{type(module).__name__} holds {frozen[0]!r}, a parameter of the frozen model, which would be trained and be "
-            "in every checkpoint; refer to the model without registering it, such as from inside a tuple"
+            f"{type(module).__name__} holds {frozen[0]!r}, a parameter of the frozen model, which would be trained and "
+            "be in every checkpoint; refer to the model without registering it, such as from inside a tuple"
         )
 
 
