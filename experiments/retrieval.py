@@ -35,7 +35,7 @@ class Ranker(Protocol):
 
 def chosen(ranker: Ranker, history: History, record: Record, count: int) -> list[Record]:
     """The `count` records that fit best, the best one first; of equal ones the newest."""
-    scores = ranker(history, record)
+    scores = ranker(history, record) if len(history) else []
     order = sorted(range(len(history)), key=lambda i: (-scores[i], -i))
     return [history.records[i] for i in order[:count]]
 

@@ -183,21 +183,19 @@ class Dense:
     _known: dict[History, tuple[Float[np.ndarray, "record d"], float]] = field(default_factory=dict)
 
     def __call__(self, history: History, record: Record) -> Sequence[float]:
-        query, _ = self._embed([retrieval.query_of(record)])
-        return (self.embeddings(history)[0] @ query[0]).tolist() if len(history) else []
+        return (self.embeddings(history)[0] @ self.encoder([retrieval.query_of(record)])[0]).tolist()
 
     def embeddings(self, history: History) -> tuple[Float[np.ndarray, "record d"], float]:
         """Of a user's texts, and the seconds that they took."""
         if history not in self._known:
-            self._known[history] = self._embed([retrieval.document_of(own) for own in history])
+            texts = [retrieval.document_of(own) for own in history]
+
+            def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
+                return {"embeddings": torch.tensor(self.encoder(texts))}, {}
+
+            tensors, about = _kept(self.cache, key_of("embeddings", 1, self.encoder.name, texts), make)
+            self._known[history] = tensors["embeddings"].numpy(), about["seconds"]
         return self._known[history]
-
-    def _embed(self, texts: Sequence[str]) -> tuple[Float[np.ndarray, "text d"], float]:
-        def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            return {"embeddings": torch.tensor(self.encoder(texts))}, {}
-
-        tensors, about = _kept(self.cache, key_of("embeddings", 1, self.encoder.name, list(texts)), make)
-        return tensors["embeddings"].numpy(), about["seconds"]
 
 
 def _kept(
