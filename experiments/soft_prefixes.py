@@ -21,6 +21,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def measure(
     for user in users:
         own = _total(lm, arm, user, user, cache)
         entry = {
-            "user": hashlib.sha256(user.name.encode()).hexdigest()[:8],
+            "user": hashlib.sha256(f"{user.set}|{user.name}".encode()).hexdigest()[:8],
             "set": user.set,
             "split": user.split,
             "earlier": len(user.earlier),
@@ -174,9 +175,7 @@ def _go_on(arguments: argparse.Namespace, lm: FrozenLM, users: Sequence[User]) -
                 continue
             bar = progress.add_task(name, total=len(scored))
             start = time.perf_counter()
-            found = measure(
-                lm, arm, scored, cache, others=arguments.others, on_user=lambda bar=bar: progress.advance(bar)
-            )
+            found = measure(lm, arm, scored, cache, others=arguments.others, on_user=partial(progress.advance, bar))
             took = time.perf_counter() - start
             done["arms"][name] = {"settings": arm.settings(), "seconds": took, "users": found}
             results.write(out, done)

@@ -152,7 +152,7 @@ class Shown(Arm):
         assert record.prompt is not None
         texts = retrieval.chosen(self.ranker, before(history, record), record, self.count)
         if self.turns:
-            pairs = [tuple(cut(lm, text or "", self.tokens) for text in (own.prompt, own.response)) for own in texts]
+            pairs = [(cut(lm, own.prompt or "", self.tokens), cut(lm, own.response, self.tokens)) for own in texts]
             return Row(span_behind(lm, record, retrieval.with_turns(record.prompt, pairs)))
         shown = [cut(lm, own.fields["text"], self.tokens) for own in texts]
         return Row(span_behind(lm, record, retrieval.with_texts(record.prompt, shown) if shown else None))

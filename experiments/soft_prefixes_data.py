@@ -150,7 +150,7 @@ def before(history: History, record: Record) -> History:
 def shortened(lm: FrozenLM, users: Sequence[User], tokens: int) -> list[User]:
     """The same with responses of so many tokens at most, for all that is fitted and scored."""
     return [
-        replace(user, **{part: _shortened(lm, getattr(user, part), tokens) for part in ("earlier", "later")})
+        replace(user, earlier=_shortened(lm, user.earlier, tokens), later=_shortened(lm, user.later, tokens))
         for user in users
     ]
 
