@@ -198,10 +198,11 @@ def _changes(done: Mapping[str, Any]) -> Any:
         found = [points(done, name, chosen) for name in names]
         axes.axvline(0, color="0.75", linewidth=1)
         axes.hlines(places, 0, 1, transform=axes.get_yaxis_transform(), color="0.94", linewidth=1, zorder=0)
-        _bars(axes, [p - 0.14 for p in places], [p.get("others") for p in found], "0.55", "others' records", "white")
         _bars(axes, [p + 0.14 for p in places], [p["own"] for p in found], "C0", "own records")
+        _bars(axes, [p - 0.14 for p in places], [p.get("others") for p in found], "0.55", "others' records", "white")
         axes.set(title=chosen, xlabel="nats per token − none")
         axes.set_yticks(places, names)
+        axes.set_ylim(-0.6, len(names) - 0.4)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
     return figure
