@@ -31,14 +31,13 @@ VARIED = ["llama", "gemma3", "gpt2", "bloom", "opt_narrow"]
 
 
 def commer(**settings: Any) -> steer.ComMer:
-    quick = {"tokens": K, "rank": 4, "documents": 2, "steps": 3, "batch": 4, "learning_rate": 0.02}
+    quick = {"tokens": K, "rank": 4, "documents": 2, "steps": 3, "batch": 4, "learning_rate": 0.02, "embedding_rate": 1}
     return steer.ComMer(**quick | settings)
 
 
 @dataclass(frozen=True)
 class Example:
     history: Sequence[steer.Record]
-    span: Span
 
 
 @pytest.fixture(params=VARIED)
@@ -161,7 +160,7 @@ def test_scale_is_that_of_the_table_or_given(varied: steer.FrozenLM) -> None:
     assert_close(scaled, module.scale * plain)
     assert scaled.norm(dim=-1).median().item() == pytest.approx(table.norm(dim=-1).median().item(), rel=0.1)
     assert raw.scale == 1
-    assert module.unit == pytest.approx(table.square().mean().sqrt().item(), rel=0.1)
+    assert module.rates == {"embeddings": pytest.approx(100 * table.square().mean().sqrt().item(), rel=0.1)}
 
 
 # The model beside it.
@@ -213,7 +212,7 @@ def test_the_model_stays_as_it_is_and_gets_no_gradient(varied: steer.FrozenLM, h
     module = method.module(varied).train()
     record = histories[0].records[2]
     losses, _ = response_losses(
-        varied, [record_span(varied, record)], module.edits([Example(histories[0].records[:2], None)])
+        varied, [record_span(varied, record)], module.edits([Example(histories[0].records[:2])])
     )
     losses.sum().backward()
     assert torch.equal(logits(), before)
@@ -335,7 +334,7 @@ def letters(users: str, count: int = 4) -> list[steer.History]:
 def test_what_can_only_be_known_from_the_history_is_learned(llama: steer.FrozenLM) -> None:
     users = letters("axQ7")
     losses: list[float] = []
-    method = commer(tokens=2, rank=8, dropout=0.0, steps=60, batch=8, learning_rate=0.01, embedding_rate=0.1)
+    method = commer(tokens=2, rank=8, dropout=0.0, steps=60, batch=8, learning_rate=0.01, embedding_rate=10.0)
     artifact = method.train(llama, users, on_step=lambda step, loss: losses.append(loss))
     assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
     states = method.fit_many(llama, [steer.History(user.user_id, user.records[:2]) for user in users])
@@ -358,7 +357,7 @@ def test_a_step_predicts_a_record_from_those_before_it(llama: steer.FrozenLM, hi
     """Before LoRA has learned anything the compressor is the model itself."""
     losses: list[float] = []
     text = "a text by nobody that one knows"
-    method = commer(pretrain_steps=1, steps=1, batch=4, dropout=0.0, nobody=0.0, learning_rate=0.0, embedding_rate=0.0)
+    method = commer(pretrain_steps=1, steps=1, batch=4, dropout=0.0, nobody=0.0, learning_rate=0.0)
     artifact = method.train(llama, histories, texts=[text], on_step=lambda step, loss: losses.append(loss))
     behind, scale = artifact.tensors["embeddings"], artifact.settings["scale"]
 
@@ -379,7 +378,7 @@ def test_a_step_predicts_a_record_from_those_before_it(llama: steer.FrozenLM, hi
 def test_pretraining_makes_a_text_known_from_its_z(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
     texts = [letter * 8 for letter in "bcdefg"]
     losses: list[float] = []
-    method = commer(tokens=2, rank=8, dropout=0.0, pretrain_steps=40, steps=1, embedding_rate=0.1)
+    method = commer(tokens=2, rank=8, dropout=0.0, pretrain_steps=40, steps=1, embedding_rate=10.0)
     method.train(llama, histories, texts=texts, on_step=lambda step, loss: losses.append(loss))
     assert len(losses) == 41
     assert sum(losses[35:40]) < 0.7 * sum(losses[:5])
@@ -414,7 +413,7 @@ def test_examples_have_few_documents_in_training_and_all_of_them_else(
     llama: steer.FrozenLM, histories: list[steer.History]
 ) -> None:
     records = [record for history in histories for record in history]
-    examples = [Example(records, None), Example(records[:1], None), Example((), None)]
+    examples = [Example(records), Example(records[:1]), Example(())]
     module = commer(documents=2, nobody=0.0, dropout=0.0).module(llama)
     with torch.no_grad():
         each = module.compress([module.document(record) for record in [*records, None]])
@@ -436,7 +435,7 @@ def test_a_module_can_be_stored_and_go_on(llama: steer.FrozenLM, histories: list
     artifact = method.train(llama, histories)
     module = method.module(llama)
     module.load_state_dict({name: tensor for name, tensor in artifact.tensors.items() if name != "nobody"})
-    assert method.artifact_of(module).hash == artifact.hash
+    assert method.artifact_of(llama, module).hash == artifact.hash
 
 
 # What cannot be.
@@ -462,8 +461,8 @@ def test_bad_input(llama: steer.FrozenLM, histories: list[steer.History]) -> Non
         commer(targets=["no_such_layer"]).module(llama)
     with pytest.raises(steer.SteerError, match="is an embedding"):
         commer(targets=["embed_tokens", "q_proj"]).module(llama)
-    with pytest.raises(steer.SteerError, match="lower max_tokens"):
-        commer(max_tokens=10_000).module(llama)
+    with pytest.raises(steer.SteerError, match="lower tokens"):
+        commer(tokens=5_000).module(llama)
 
     method = commer()
     method.train(llama, histories)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -55,13 +55,10 @@ _SUM, _NOBODY = "sum", "nobody"
 
 
 class Example(Protocol):
-    """A text to predict, and what its user wrote before."""
+    """What is to be predicted has a prefix made of these records."""
 
     @property
     def history(self) -> Iterable[Record]: ...
-
-    @property
-    def span(self) -> Span: ...
 
 
 @dataclass
@@ -74,12 +71,13 @@ class ComMer(Method):
         targets: which layers have LoRA: names as PEFT takes them, or "all-linear".
         scale: c: "table" brings Z to the norm of the embedding table's rows; 1 leaves it as it is, as in the paper.
         prompts: whether a document is what the user wrote behind its prompt, or, as in the paper, alone.
-        max_tokens: longer documents are cut.
+        max_tokens: longer documents are cut, in any case to the model's window.
         documents: of an example in training, at most so many, drawn anew each time.
         nobody: share of the examples in training that lose all their documents.
         steps, batch: of training, and examples in a step.
-        learning_rate, embedding_rate: of AdamW, for LoRA and for the embeddings, there in units of the root mean square
-            of the embedding table.
+        learning_rate: of AdamW.
+        embedding_rate: that of the embeddings as a multiple of it, in units of the embedding table's root mean square;
+            the paper has 1e-4 and 1e-2.
         pretrain_steps: steps in which a document is to be told from its own Z, before all others; `train` needs the
             texts for them.
         seed: of the initial weights, dropout, and the order of examples.
@@ -89,6 +87,7 @@ class ComMer(Method):
     """
 
     name: ClassVar[str] = "commer"
+    trainable: ClassVar[bool] = True
 
     tokens: int = 16
     rank: int = 64
@@ -103,13 +102,13 @@ class ComMer(Method):
     steps: int = 100
     batch: int = 8
     learning_rate: float = 1e-4
-    embedding_rate: float = 1e-2
+    embedding_rate: float = 100.0
     pretrain_steps: int = 0
     seed: int = 0
-    # Of `artifact`, built when it is first needed.
-    _compressor: Compressor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        # Of `artifact`, built when it is first needed. No field, as those are copied.
+        self._compressor: Compressor | None = None
         if find_spec("peft") is None:
             raise SteerError("ComMer needs PEFT: pip install 'steer-toolkit[train]'")
         for name in ("tokens", "rank", "max_tokens", "documents"):
@@ -121,23 +120,18 @@ class ComMer(Method):
             if not 0 <= (given := getattr(self, name)) < 1:
                 raise SteerError(f"{name}={given} is not a share; give 0 for none, or such as 0.1")
 
-    def module(self, lm: FrozenLM) -> Compressor:
+    def module(self, lm: FrozenLM, histories: Sequence[History] = ()) -> Compressor:
         """A compressor before its training: LoRA that has no effect yet, and embeddings of random tokens.
 
-        Raises:
-            SteerError: the model cannot read documents that long, has no such `targets`, or has adapters in the way.
-        """
-        require_room(lm, self.max_tokens + self.tokens, "a document may have", remedy="lower max_tokens")
-        return Compressor(lm, self)
+        Args:
+            lm: the model.
+            histories: of the users to train on; not looked at.
 
-    def optimizer(self, module: Compressor) -> torch.optim.Optimizer:
-        """AdamW with the learning rates of the two kinds of parameters."""
-        return torch.optim.AdamW(
-            [
-                {"params": list(module.lora.parameters()), "lr": self.learning_rate},
-                {"params": [module.embeddings], "lr": self.embedding_rate * module.unit},
-            ]
-        )
+        Raises:
+            SteerError: the model cannot read so many tokens, has no such `targets`, or has adapters in the way.
+        """
+        require_room(lm, self.tokens + 2, "the shortest document has", remedy="lower tokens")
+        return Compressor(lm, self)
 
     @torch.enable_grad()
     def train(
@@ -167,13 +161,14 @@ class ComMer(Method):
         itself = [_Later(lm, record, (record,)) for record in (Record("", text) for text in texts)]
         if self.pretrain_steps and not itself:
             raise SteerError("pretrain_steps need texts: call train(lm, histories, texts=[...])")
-        module = self.module(lm).train()
-        optimizer, generator = self.optimizer(module), torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         told = each_step(self.pretrain_steps + self.steps, on_progress, on_step)
         phases = [(itself, self.pretrain_steps), (later, self.steps)]
         batches = [batches_of(examples, self.batch, steps, generator) for examples, steps in phases]
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
+            module = self.module(lm).train()
+            optimizer = torch.optim.AdamW(module.groups(self.learning_rate))
             for step, chosen in enumerate(chain(*batches)):
                 loss = negative_log_likelihood(lm, [example.span for example in chosen], module.edits(chosen))
                 optimizer.zero_grad()
@@ -181,10 +176,10 @@ class ComMer(Method):
                 optimizer.step()
                 if told is not None:
                     told(step, loss.item())
-        self.artifact = self.artifact_of(module)
+        self.artifact = self.artifact_of(lm, module)
         return self.artifact
 
-    def artifact_of(self, module: Compressor) -> Artifact:
+    def artifact_of(self, lm: FrozenLM, module: Compressor) -> Artifact:
         """What was trained, with the prefix of a user without texts."""
         module.eval()
         with torch.no_grad():
@@ -192,7 +187,7 @@ class ComMer(Method):
         return Artifact(
             method=self.name,
             version=self.version,
-            model=module.lm.fingerprint,
+            model=lm.fingerprint,
             # In memory of their own: a safetensors file holds no tensor twice.
             tensors={name: tensor.detach().cpu().clone() for name, tensor in tensors.items()},
             settings={
@@ -241,7 +236,7 @@ class ComMer(Method):
                     sites=(str(Site("embed")),),
                     artifact=self.artifact.hash,
                     records=tuple(record.id for record in records),
-                    settings={"tokens": module.tokens},
+                    settings={"tokens": module.soft_tokens},
                 ),
                 tensors={_SUM: total},
             )
@@ -299,7 +294,8 @@ class ComMer(Method):
         self._require_model(lm, self.artifact)
         known = self._compressor
         if known is None or known.artifact is not self.artifact or not known.shares(lm):
-            known = ComMer(**self.artifact.settings).module(lm)
+            with torch.random.fork_rng():
+                known = ComMer(**self.artifact.settings).module(lm)
             known.load_state_dict({name: t for name, t in self.artifact.tensors.items() if name != _NOBODY})
             known.requires_grad_(False).eval()
             known.artifact = self.artifact
@@ -316,26 +312,30 @@ class Compressor(nn.Module):
     Attributes:
         embeddings: e_1 … e_k, `[k, d]`.
         lora: A, B and dropout of each layer that has LoRA, by its path.
+        soft_tokens: k.
         scale: c.
-        unit: root mean square of the embedding table.
+        rates: learning rates of parameters by the beginnings of their names, as multiples of that of the others.
         artifact: whose weights these are, if any's.
     """
 
     def __init__(self, lm: FrozenLM, settings: ComMer) -> None:
         super().__init__()
-        self.lm, self.settings, self.tokens = lm, settings, settings.tokens
+        self.lm, self.settings, self.soft_tokens = lm, settings, settings.tokens
         self.artifact: Artifact | None = None
         twin = twin_of(lm)
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            rows = _random_rows(twin.get_input_embeddings())
-            self.lora = nn.ModuleDict(_add_lora(twin, settings))
+        rows = _random_rows(twin.get_input_embeddings())
+        self.lora = nn.ModuleDict(_add_lora(twin, settings))
         # In a tuple, so that it is not registered.
         self._frozen = (twin,)
-        self.unit = rows.square().mean().sqrt().item()
-        self.embeddings = nn.Parameter(rows[torch.arange(self.tokens) % _SAMPLE].clone())
+        self.rates = {"embeddings": settings.embedding_rate * rows.square().mean().sqrt().item()}
+        self.embeddings = nn.Parameter(rows[torch.arange(self.soft_tokens) % _SAMPLE].clone())
         self.scale = 1.0
         self.scale = self._to_table(rows) if settings.scale == "table" else float(settings.scale)
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """The parameters for an optimizer, at their learning rates."""
+        lora = {"params": list(self.lora.parameters()), "lr": learning_rate}
+        return [lora, {"params": [self.embeddings], "lr": learning_rate * self.rates["embeddings"]}]
 
     def edits(self, examples: Sequence[Example]) -> list[Edit]:
         """The prefixes of some examples, one a row; gradients flow through them.
@@ -353,7 +353,10 @@ class Compressor(nn.Module):
             return []
         if not self.settings.prompts:
             record = replace(record, prompt=None)
-        return list(record_span(self.lm, record, max_tokens=self.settings.max_tokens).ids)
+        most = self.settings.max_tokens
+        if self.lm.window is not None:
+            most = min(most, self.lm.window - self.soft_tokens)
+        return list(record_span(self.lm, record, max_tokens=most).ids)
 
     def compress(self, documents: Sequence[Sequence[int]]) -> Float[Tensor, "document k d"]:
         """Z of each document, in float32."""
@@ -390,7 +393,7 @@ class Compressor(nn.Module):
         return history or [None]
 
     def _batches(self, documents: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Float[Tensor, "text k d"]]]:
-        lengths = {i: len(document) + self.tokens for i, document in enumerate(documents)}
+        lengths = {i: len(document) + self.soft_tokens for i, document in enumerate(documents)}
         for indices in by_length(lengths, _BATCH_TOKENS):
             yield indices, self._run([documents[i] for i in indices])
 
@@ -399,12 +402,12 @@ class Compressor(nn.Module):
         ids, mask = (part.to(lm.device) for part in pad_left(documents, lm.pad_token_id))
         texts = twin.get_input_embeddings()(ids)
         behind = self.embeddings.to(texts).expand(len(documents), -1, -1)
-        mask = torch.nn.functional.pad(mask, (0, self.tokens), value=1)
+        mask = torch.nn.functional.pad(mask, (0, self.soft_tokens), value=1)
         arguments: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
         if lm.attachment.architecture.takes_position_ids:
             arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         states = twin(inputs_embeds=torch.cat([texts, behind], dim=1), **arguments).last_hidden_state
-        return self.scale * states[:, -self.tokens :].float()
+        return self.scale * states[:, -self.soft_tokens :].float()
 
     @torch.no_grad()
     def _to_table(self, rows: Float[Tensor, "row d"]) -> float:
