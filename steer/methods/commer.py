@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import nn
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 # Under which PEFT keeps the compressor's weights, and what they are in each layer.
 _ADAPTER, _PARTS = "steer_commer", ("lora_A", "lora_B", "lora_dropout")
-# Rows of the embedding table that show its scale, and that the embeddings start from.
-_SAMPLE = 256
+# Rows of the embedding table that show its scale, and some of which the embeddings start from.
+_SAMPLE = 64
 # Size of a batch of documents, with padding.
 _BATCH_TOKENS = 4096
 # Names of tensors: a state's only one, and the prefix of a user without texts.
@@ -295,7 +295,7 @@ class ComMer(Method):
         known = self._compressor
         if known is None or known.artifact is not self.artifact or not known.shares(lm):
             with torch.random.fork_rng():
-                known = ComMer(**self.artifact.settings).module(lm)
+                known = ComMer(**self.artifact.settings, dropout=0.0).module(lm)
             known.load_state_dict({name: t for name, t in self.artifact.tensors.items() if name != _NOBODY})
             known.requires_grad_(False).eval()
             known.artifact = self.artifact
@@ -323,13 +323,12 @@ class Compressor(nn.Module):
         self.lm, self.settings, self.soft_tokens = lm, settings, settings.tokens
         self.artifact: Artifact | None = None
         twin = twin_of(lm)
-        rows = _random_rows(twin.get_input_embeddings())
+        rows = _rows_of_table(twin.get_input_embeddings())
         self.lora = nn.ModuleDict(_add_lora(twin, settings))
         # In a tuple, so that it is not registered.
-        self._frozen = (twin,)
+        self._frozen: tuple[Any] = (twin,)
         self.rates = {"embeddings": settings.embedding_rate * rows.square().mean().sqrt().item()}
-        self.embeddings = nn.Parameter(rows[torch.arange(self.soft_tokens) % _SAMPLE].clone())
-        self.scale = 1.0
+        self.embeddings = nn.Parameter(rows[torch.randint(len(rows), (self.soft_tokens,))])
         self.scale = self._to_table(rows) if settings.scale == "table" else float(settings.scale)
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
@@ -382,7 +381,7 @@ class Compressor(nn.Module):
 
     def shares(self, lm: FrozenLM) -> bool:
         """Whether it uses the weights that this model has now."""
-        mine, theirs = (model.get_input_embeddings().weight for model in (self._frozen[0], lm.model))
+        mine, theirs = (model.get_input_embeddings().weight for model in (self._frozen[0], cast(Any, lm.model)))
         return self.lm is lm and mine.data_ptr() == theirs.data_ptr()
 
     def _drawn(self, history: Sequence[Record]) -> Sequence[Record | None]:
@@ -395,25 +394,25 @@ class Compressor(nn.Module):
     def _batches(self, documents: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Float[Tensor, "text k d"]]]:
         lengths = {i: len(document) + self.soft_tokens for i, document in enumerate(documents)}
         for indices in by_length(lengths, _BATCH_TOKENS):
-            yield indices, self._run([documents[i] for i in indices])
+            yield indices, self.scale * self._run([documents[i] for i in indices], self.embeddings)
 
-    def _run(self, documents: Sequence[Sequence[int]]) -> Float[Tensor, "text k d"]:
-        lm, (twin,) = self.lm, self._frozen
+    def _run(self, documents: Sequence[Sequence[int]], embeddings: Float[Tensor, "k d"]) -> Float[Tensor, "text k d"]:
+        """The last layer's states at embeddings behind some texts."""
+        lm, twin = self.lm, self._frozen[0]
         ids, mask = (part.to(lm.device) for part in pad_left(documents, lm.pad_token_id))
         texts = twin.get_input_embeddings()(ids)
-        behind = self.embeddings.to(texts).expand(len(documents), -1, -1)
-        mask = torch.nn.functional.pad(mask, (0, self.soft_tokens), value=1)
+        behind = embeddings.to(texts).expand(len(documents), -1, -1)
+        mask = nn.functional.pad(mask, (0, len(embeddings)), value=1)
         arguments: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
         if lm.attachment.architecture.takes_position_ids:
             arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         states = twin(inputs_embeds=torch.cat([texts, behind], dim=1), **arguments).last_hidden_state
-        return self.scale * states[:, -self.soft_tokens :].float()
+        return states[:, -len(embeddings) :].float()
 
     @torch.no_grad()
     def _to_table(self, rows: Float[Tensor, "row d"]) -> float:
-        """What brings the states of an empty document to the norm of token embeddings."""
-        norms = self._run([[]]).norm(dim=-1)
-        return (rows.norm(dim=-1).median() / norms.median()).item()
+        """What brings the last layer's states to the norm of token embeddings, before LoRA has learned anything."""
+        return (rows.norm(dim=-1).median() / self._run([[]], rows).norm(dim=-1).median()).item()
 
 
 @dataclass(frozen=True)
@@ -435,11 +434,10 @@ def _mean(state: UserState, nobody: Float[Tensor, "k d"]) -> Float[Tensor, "k d"
 
 
 @torch.no_grad()
-def _random_rows(embed: nn.Module) -> Float[Tensor, "row d"]:
-    """Embeddings of random tokens, as the model reads them."""
-    weight = embed.weight
-    ids = torch.randint(len(weight), (_SAMPLE,))
-    return embed(ids.to(weight.device)).float()
+def _rows_of_table(embed: Any) -> Float[Tensor, "row d"]:
+    """Embeddings of tokens all over the vocabulary, as the model reads them."""
+    ids = torch.linspace(0, embed.num_embeddings - 1, _SAMPLE).long()
+    return embed(ids.to(embed.weight.device)).float()
 
 
 def _add_lora(twin: nn.Module, settings: ComMer) -> dict[str, nn.Module]:
@@ -448,6 +446,7 @@ def _add_lora(twin: nn.Module, settings: ComMer) -> dict[str, nn.Module]:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    own: dict[Any, list[str]]
     own = {module: _running(module) for module in twin.modules() if isinstance(module, BaseTunerLayer)}
     if any(not isinstance(module, LoraLayer) or module.merged_adapters for module in own):
         raise SteerError(
@@ -464,7 +463,9 @@ def _add_lora(twin: nn.Module, settings: ComMer) -> dict[str, nn.Module]:
     try:
         inject_adapter_in_model(config, twin, _ADAPTER)
     except ValueError as error:
-        raise SteerError(f"targets={settings.targets!r} cannot have LoRA: {error}") from None
+        raise SteerError(
+            f"targets={settings.targets!r} cannot have LoRA with dropout={settings.dropout}: {error}"
+        ) from None
     layers = {path: module for path, module in twin.named_modules() if isinstance(module, LoraLayer)}
     if embeddings := [path for path, layer in layers.items() if _ADAPTER in layer.lora_embedding_A]:
         raise SteerError(f"targets: {embeddings[0]} is an embedding; name projections, or take 'all-linear'")
@@ -479,7 +480,8 @@ def _add_lora(twin: nn.Module, settings: ComMer) -> dict[str, nn.Module]:
     }
     twin.requires_grad_(False)
     for part in parts.values():
-        part.requires_grad_(True)
+        # PEFT makes them in the dtype of the layer, and computes in theirs.
+        part.float().requires_grad_(True)
     return dict(parts)
 
 
