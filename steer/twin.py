@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from steer.architectures import find_decoder
+from steer.interop.peers import without_components
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +29,9 @@ def twin_of(lm: FrozenLM) -> PreTrainedModel:
     made: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in text.parameters()}
     made |= {id(buffer): buffer for buffer in text.buffers()}
     made |= {id(hooks): type(hooks)() for module in text.modules() for hooks in _hooks(module)}
-    return copy.deepcopy(text, made).eval()
+    twin = copy.deepcopy(text, made).eval()
+    without_components(twin)
+    return twin
 
 
 def _hooks(module: nn.Module) -> list[dict[int, Any]]:

@@ -240,6 +240,25 @@ def test_a_model_with_adapters_of_its_own(histories: list[steer.History]) -> Non
         assert lm.model.active_adapters == ["default"]
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("library", ["transformer_lens", "nnsight"])
+def test_a_model_inside_of_another_library(arch: str, library: str) -> None:
+    """Its compressor is that of the plain model, weights and names."""
+    peer = pytest.importorskip(library)
+    if library == "nnsight":
+        model = peer.TransformersModel(tiny(arch), tokenizer=tokenizer())
+    else:
+        builder = pytest.importorskip("transformer_lens.model_bridge.sources._bridge_builder")
+        model = builder.build_bridge_from_module(tiny(arch), type(tiny(arch)).__name__, hf_config=tiny(arch).config)
+    module = commer(dropout=0.0).module(steer.wrap(model, tokenizer()))
+    for part in module.lora.values():
+        nn.init.normal_(part.lora_B.weight)
+    with steer.wrap(tiny(arch), tokenizer()) as lm:
+        plain = commer(dropout=0.0).module(lm)
+        plain.load_state_dict(module.state_dict())
+        assert_close(module.compress([range(5, 12)]), plain.compress([range(5, 12)]))
+
+
 # The mean.
 
 
@@ -417,7 +436,8 @@ def test_examples_have_few_documents_in_training_and_all_of_them_else(
     examples = [Example(records), Example(records[:1]), Example(())]
     module = commer(documents=2, nobody=0.0, dropout=0.0).module(llama)
     with torch.no_grad():
-        each = module.compress([module.document(record) for record in [*records, None]])
+        # One by one, so that their order is told here and not by the batches.
+        each = torch.cat([module.eval().compress([module.document(record)]) for record in [*records, None]])
         (edit,) = module.eval().edits(examples)
         assert edit.lengths.tolist() == [K] * 3
         assert_close(edit.embeddings, torch.stack([each[:-1].mean(0), each[0], each[-1]]))
