@@ -250,8 +250,11 @@ class Plug(nn.Module):
     @property
     def soft_tokens(self) -> int:
         """Of a row, at most."""
-        persona = 1 if self.method.persona in ("attention", "mean") else self.method.slots
-        return persona + self.method.instruction
+        return self._slots + self.method.instruction
+
+    @property
+    def _slots(self) -> int:
+        return 1 if self.method.persona in ("attention", "mean") else self.method.slots
 
     def edits(self, examples: Sequence[Example]) -> list[Edit]:
         """One prefix for each example, from the records before it."""
@@ -284,8 +287,8 @@ class Plug(nn.Module):
 
     def lengths(self, mask: Bool[Tensor, "row item"]) -> Tensor:
         """How many soft tokens each row has."""
-        count = {"items": mask.sum(1), "perceiver": self.method.slots}.get(self.method.persona, 1)
-        return torch.zeros_like(mask[:, 0], dtype=torch.long) + count + int(self.method.instruction)
+        own = mask.sum(1) if self.method.persona == "items" else torch.full_like(mask[:, 0], self._slots, dtype=torch.long)
+        return own + int(self.method.instruction)
 
     def forward(
         self,
