@@ -179,8 +179,9 @@ class ComMer(Method):
         self.artifact = self.artifact_of(lm, module)
         return self.artifact
 
-    def artifact_of(self, lm: FrozenLM, module: Compressor) -> Artifact:
+    def artifact_of(self, lm: FrozenLM, module: nn.Module) -> Artifact:
         """What was trained, with the prefix of a user without texts."""
+        assert isinstance(module, Compressor)
         module.eval()
         with torch.no_grad():
             tensors = {**module.state_dict(), _NOBODY: module.compress([module.document(None)])[0]}
