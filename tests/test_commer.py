@@ -118,6 +118,15 @@ def test_z_is_what_peft_computes(varied: steer.FrozenLM, histories: list[steer.H
     assert_close(artifact.tensors["nobody"], scale * states_of(adapted, [], behind), 1e-4)
 
 
+def test_batches_keep_the_order_of_documents(llama: steer.FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.methods.commer._BATCH_TOKENS", 30)
+    module = commer().module(llama).eval()
+    documents = [range(5, 5 + length) for length in (7, 20, 1, 12, 0, 9, 15)]
+    with torch.no_grad():
+        for states, document in zip(module.compress(documents), documents, strict=True):
+            assert_close(states, module.compress([document])[0])
+
+
 def test_documents_may_stand_behind_their_prompts(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
     method = commer(prompts=True, max_tokens=12)
     artifact = method.train(llama, histories)
