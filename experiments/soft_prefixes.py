@@ -188,7 +188,7 @@ def _go_on(arguments: argparse.Namespace, lm: FrozenLM, users: Sequence[User]) -
     cache = Cache(out.with_suffix(".cache"))
     scored = [user.first(arguments.records) for user in users]
     every = arms(lm, scored, cache, tokens=arguments.shown, records=arguments.fitted)
-    every |= trained_arms(dict(options.parse_beside(arguments.trained)), scored, cache, arguments.fitted)
+    every |= trained_arms(lm, dict(options.parse_beside(arguments.trained)), scored, cache, arguments.fitted)
     if unknown := [name for name in arguments.arms or () if name not in every]:
         raise SteerError(f"there is no arm {unknown[0]!r}; there are {', '.join(every)}")
     chosen = {name: every[name] for name in dict.fromkeys([BASE, *(arguments.arms or every)])}

@@ -7,7 +7,6 @@ state.
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
 from abc import ABC, abstractmethod
@@ -27,11 +26,11 @@ from steer.experiments.soft_prefixes_data import User, before, cut
 from steer.history import History, Record
 from steer.inject import Edit, PrefixEdit
 from steer.likelihood import response_losses
-from steer.method import METHODS, Method, make_method
+from steer.method import Method, make_method
 from steer.plan import edits_of
 from steer.read import Span, require_room
 from steer.state import Artifact, Provenance, UserState
-from steer.train import load_artifact
+from steer.train import load_artifact, method_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -344,13 +343,13 @@ def arms(lm: FrozenLM, users: Sequence[User], cache: Cache, *, tokens: int, reco
 
 
 def trained_arms(
-    folders: Mapping[str, str | Path], users: Sequence[User], cache: Cache, records: int
+    lm: FrozenLM, folders: Mapping[str, str | Path], users: Sequence[User], cache: Cache, records: int
 ) -> dict[str, Arm]:
     """Arms whose shared part was trained before, by name and folder."""
     found: dict[str, Arm] = {}
     for name, folder in folders.items():
         artifact = load_artifact(folder)
-        known = inspect.signature(METHODS[artifact.method]).parameters
-        own = {key: value for key, value in artifact.settings.items() if key in known}
+        method = method_of(lm, artifact)
+        own = {f.name: getattr(method, f.name) for f in fields(method) if f.init}  # type: ignore[arg-type]
         found[name] = Fitted(artifact.method, own, users, cache, records, trained=artifact)
     return found

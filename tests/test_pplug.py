@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from models import tiny, tokenizer
 from rows import assert_close
 from test_text_encoder import make
 from torch.nn.functional import gelu
+from typer.testing import CliRunner
 
 import steer
 from steer import History, PPlug, Record
+from steer.cli.app import app
 from steer.likelihood import response_losses
 from steer.method import METHODS
 from steer.read import record_span
 from steer.text_encoder import TextEncoder
-from steer.train import split_examples, train_method
+from steer.train import load_artifact, method_of, split_examples, train_method
 from steer.train.examples import Example
 
 PERSONAS = ["attention", "mean", "perceiver", "items"]
@@ -175,3 +178,37 @@ def test_what_cannot_be_is_refused(llama: steer.FrozenLM, encoder: str, tmp_path
         pytest.raises(steer.SteerError, match="this model"),
     ):
         method.fit(stranger, HISTORIES[0])
+
+
+def test_from_the_command_line(
+    llama: steer.FrozenLM, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained, fitted and used by the three commands, as in Python."""
+    monkeypatch.setattr("steer.cli.options.load", lambda *_: llama)
+    file, out, bank = tmp_path / "texts.jsonl", tmp_path / "out", tmp_path / "people.bank"
+    records = [record for whole in HISTORIES for record in whole]
+    lines = (
+        {"user_id": r.user_id, "prompt": r.prompt, "text": r.response, "id": r.id, "time": r.time} for r in records
+    )
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def run(*arguments: object) -> Any:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    made = run("train", "pplug", file, "--out", out, "--set", f"encoder={encoder}", "--steps", 2, "--strangers", 0)
+    assert made.exit_code == 0, made.exception
+    extracted = run("extract", file, "--trained", out, "--bank", bank, "--name", "plug")
+    assert extracted.exit_code == 0, extracted.exception
+    answered = run(
+        "generate", "--bank", bank, "--user", "ann", "--prompt", "question 1", "--json", "--max-new-tokens", 5
+    )
+    assert answered.exit_code == 0, answered.exception
+    method = method_of(llama, load_artifact(out))
+    expected = llama.generate_tokens(
+        ["question 1"], states=[method.fit(llama, HISTORIES[0])], artifacts=[method.artifact], max_new_tokens=5
+    )
+    assert json.loads(answered.stdout)["rows"][1]["tokens"] == expected[0]
+    refused = run("extract", file, "--method", "pplug", "--bank", bank)
+    assert "pplug is trained first: steer train pplug" in str(refused.exception)
+    refused = run("extract", file, "--trained", out, "--layer", 1, "--bank", bank)
+    assert "says which method it is" in str(refused.exception)

@@ -3,7 +3,7 @@
 `steer.train.trainer` has the latter. It is not imported here, as transformers' Trainer takes seconds to import.
 """
 
-from steer.train.artifact import load_artifact, require_trainable, save_artifact, train_method
+from steer.train.artifact import load_artifact, method_of, require_trainable, save_artifact, train_method
 from steer.train.examples import Example, Examples, Split, split_examples
 from steer.train.users import each_step, train_users
 
@@ -13,6 +13,7 @@ __all__ = [
     "Split",
     "each_step",
     "load_artifact",
+    "method_of",
     "require_trainable",
     "save_artifact",
     "split_examples",

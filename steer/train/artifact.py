@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
@@ -13,7 +14,7 @@ import torch
 from steer.bank import artifacts
 from steer.errors import Damage, SteerError
 from steer.files import draft
-from steer.method import METHODS
+from steer.method import METHODS, make_method
 from steer.train.examples import split_examples
 
 if TYPE_CHECKING:
@@ -83,6 +84,22 @@ def train_method(
     save_artifact(out, artifact)
     method.use(lm, artifact)
     return artifact, trained
+
+
+def method_of(lm: FrozenLM, artifact: Artifact) -> Method:
+    """The method that an artifact belongs to, with its hyper-parameters, ready to `fit`.
+
+    Raises:
+        SteerError: the method is not loaded, or the artifact is of another version or model.
+    """
+    if artifact.method not in METHODS:
+        raise SteerError(
+            f"the artifact is of {artifact.method!r}, which is not loaded; import the module that defines it"
+        )
+    known = inspect.signature(METHODS[artifact.method]).parameters
+    method = make_method(artifact.method, **{key: own for key, own in artifact.settings.items() if key in known})
+    method.use(lm, artifact)
+    return method
 
 
 def require_trainable(method: Method) -> None:
