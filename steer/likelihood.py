@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from steer.cache import head_key
 from steer.inject import PrefixEdit, ResidualEdit
 from steer.inject.prefix import with_prompts
+from steer.inject.stream_rows import pad_right
 from steer.read import Kept, Span, by_length
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from steer.inject.positions import Positions
     from steer.model import FrozenLM
     from steer.sites import Site
+    from steer.steering import Steering
 
 T = TypeVar("T")
 
@@ -41,13 +43,33 @@ def response_losses(
     edits = with_prompts(edits, [span.prompt or "" for span in spans])
     prefixes = sum((edit.lengths for edit in edits if isinstance(edit, PrefixEdit)), torch.zeros(len(spans)).long())
     starts = [max(span.start, 1) + extra for span, extra in zip(spans, prefixes.tolist(), strict=True)]
-    targets = _targets(spans).to(lm.device)
     with lm.steered(states=[None] * len(spans), edits=edits, prompt_lengths=starts) as steering:
-        logits = last_logits(lm, steering.prepare([span.ids[: span.end] for span in spans]), targets.shape[1] + 1)
+        logits, targets = (_decoded if lm.is_encoder_decoder else _continued)(lm, steering, spans)
     losses = cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets.to(logits.device), ignore_index=_NO_TARGET, reduction="none"
+        logits.float().transpose(1, 2), targets.to(logits.device), ignore_index=_NO_TARGET, reduction="none"
     )
     return losses.sum(1), (targets != _NO_TARGET).sum(1).to(losses)
+
+
+def _continued(
+    lm: FrozenLM, steering: Steering, spans: Sequence[Span]
+) -> tuple[Float[Tensor, "row pos vocab"], Int[Tensor, "row pos"]]:
+    """Logits for the spans' tokens, of a model that reads them after what stands before them; and the tokens."""
+    targets = _targets(spans).to(lm.device)
+    batch = steering.prepare([span.ids[: span.end] for span in spans])
+    return last_logits(lm, batch, targets.shape[1] + 1)[:, :-1], targets
+
+
+def _decoded(
+    lm: FrozenLM, steering: Steering, spans: Sequence[Span]
+) -> tuple[Float[Tensor, "row pos vocab"], Int[Tensor, "row pos"]]:
+    """The same of a decoder whose encoder reads what stands before the spans."""
+    batch = steering.prepare([span.ids[: span.start] for span in spans])
+    ids, mask = pad_right([span.ids[span.start : span.end] for span in spans], lm.pad_token_id)
+    targets = ids.masked_fill(mask == 0, _NO_TARGET).to(lm.device)
+    model: Any = lm.model
+    shifted = model.prepare_decoder_input_ids_from_labels(targets)
+    return model(**batch, decoder_input_ids=shifted, use_cache=False).logits, targets
 
 
 @torch.enable_grad()

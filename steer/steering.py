@@ -19,7 +19,7 @@ from steer.inject.positions import Gate, MarkedGate, NamedGate, Positions
 from steer.inject.prefix import OverwriteEmbeddings
 from steer.inject.residual import AddVectors, EditStates, SiteEdit, operator_of
 from steer.inject.rows import Rows
-from steer.inject.stream_rows import pad_left
+from steer.inject.stream_rows import pad_left, pad_right
 from steer.inject.streams import Stream
 from steer.plan import Plan
 from steer.read import require_room
@@ -227,7 +227,10 @@ class Steering:
             recalling.load(recalled, rows, lm.device_at(recalled.site))
 
     def _plain_rows(self) -> Rows:
-        lengths = self._given_lengths
+        lengths: Any = self._given_lengths
+        if self.lm.is_encoder_decoder and self.prepared is not None:
+            # `generate` runs the encoder before it hands over to the decoding.
+            lengths = self.prepared.attention_mask.sum(1)
         return Rows(self.owners, None if lengths is None else torch.as_tensor(lengths, device=self.lm.device))
 
     def _report_idle(self) -> None:
@@ -319,7 +322,9 @@ class Steering:
     # Generation.
 
     def prepare(self, prompts: Sequence[Prompt], *, chat: bool | None = None) -> dict[str, Tensor]:
-        """Tokenizes a batch, with contexts and placeholders where the plan wants them, left-padded.
+        """Tokenizes a batch, with contexts and placeholders where the plan wants them.
+
+        It is padded on the left, and for an encoder on the right: nothing follows there.
 
         Args:
             prompts: texts or lists of chat messages, one a row.
@@ -342,8 +347,10 @@ class Steering:
             own, *others = (Stream(1.0),) if mixture is None else mixture.streams
             rows.append(self._encode(row, prompt, own, chat, mixture is None or mixture.touches(0)))
             further.append([(s, self._encode(row, prompt, s, chat, mixture.touches(1))) for s in others if mixture])
-        ids, mask = pad_left(rows, self.lm.pad_token_id)
+        ids, mask = (pad_right if self.lm.is_encoder_decoder else pad_left)(rows, self.lm.pad_token_id)
         self.prepared = Prepared(ids.to(self.lm.device), mask.to(self.lm.device), further)
+        if self.lm.is_encoder_decoder:
+            self._load(self._plain_rows())
         return {"input_ids": self.prepared.input_ids, "attention_mask": self.prepared.attention_mask}
 
     def _encode(self, row: int, prompt: Prompt, stream: Stream, chat: bool | None, touched: bool) -> list[int]:
@@ -379,9 +386,11 @@ class Steering:
             logits_processor: Any,
             stopping_criteria: Any,
             generation_config: Any,
+            inputs_tensor: Tensor,
             **kw: Any,
         ) -> Any:
-            return decoding.run(model, input_ids, logits_processor, stopping_criteria, generation_config, kw)
+            config = generation_config
+            return decoding.run(model, input_ids, logits_processor, stopping_criteria, config, inputs_tensor, kw)
 
         return {"custom_generate": decode}
 
