@@ -238,6 +238,9 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
                 parameter.copy_(0.5 * noise / getattr(module, "scalar_embed_scale", 1.0))
             else:
                 parameter.copy_(2.5 * noise / _inputs(module, parameter) ** 0.5)
+            if path.endswith("Attention.q.weight"):
+                # T5 has the factor of its attention in there.
+                parameter.div_(model.config.d_kv**0.5)
     # Every generation runs its full length, whatever a random model says.
     model.generation_config.eos_token_id = None
 

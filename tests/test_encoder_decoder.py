@@ -18,7 +18,7 @@ from steer import PrefixEdit, Site
 from steer.inject import Edit
 from steer.likelihood import response_gradients, response_losses
 from steer.read import record_span
-from steer.score import row_losses
+from steer.score import row_losses, score
 
 PROMPTS = ["greet me", "the weather, in detail?", "x", "say bye"]
 LENGTHS = (2, 0, 3, 1)
@@ -272,14 +272,14 @@ def test_prefix_tuning(t5: steer.FrozenLM, histories: list[steer.History]) -> No
         steer.History(h.user_id, tuple(steer.Record(h.user_id, r.response + "!", r.prompt) for r in h))
         for h in histories
     ]
-    scores = steer.score(t5, held_out, dict(zip(("ann", "bob"), states, strict=True)))
-    for score, state, history in zip(scores.users, states, held_out, strict=True):
+    scores = score(t5, held_out, dict(zip(("ann", "bob"), states, strict=True)))
+    for found, state, history in zip(scores.users, states, held_out, strict=True):
         spans = [record_span(t5, record) for record in history]
         edit = PrefixEdit.from_rows([state.tensors["prefix"]] * len(spans), WIDTH)
         sums, counts = response_losses(t5, spans, [edit])
-        assert score.own == pytest.approx(float(sums.sum() / counts.sum()), rel=1e-4)
-        assert score.tokens == int(counts.sum())
-        assert score.own < score.base
+        assert found.own == pytest.approx(float(sums.sum() / counts.sum()), rel=1e-4)
+        assert found.tokens == int(counts.sum())
+        assert found.own < found.base
 
 
 # The model.
@@ -288,7 +288,8 @@ def test_prefix_tuning(t5: steer.FrozenLM, histories: list[steer.History]) -> No
 def test_the_fingerprint_sees_the_decoder(t5: steer.FrozenLM) -> None:
     other = tiny("t5")
     with torch.no_grad():
-        other.decoder.block[0].layer[0].SelfAttention.q.weight.mul_(2)
+        for parameter in other.decoder.block.parameters():
+            parameter.mul_(2)
     with steer.wrap(other, tokenizer(eos=True)) as changed, steer.wrap(tiny("t5")) as same:
         assert changed.fingerprint != t5.fingerprint == same.fingerprint
 
