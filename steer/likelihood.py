@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.nn.functional import cross_entropy
 
+from steer.architectures import ONLY_PREFIXES
 from steer.cache import head_key
+from steer.errors import SteerError
 from steer.inject import PrefixEdit, ResidualEdit
 from steer.inject.prefix import with_prompts
 from steer.inject.stream_rows import pad_right
@@ -138,7 +140,13 @@ def _targets(spans: Sequence[Span]) -> Int[Tensor, "row pos"]:
 
 
 def last_logits(lm: FrozenLM, batch: Mapping[str, Tensor], count: int) -> Float[Tensor, "row pos vocab"]:
-    """Logits at the last `count` positions; the head does not run at the others where the model can leave them out."""
+    """Logits at the last `count` positions; the head does not run at the others where the model can leave them out.
+
+    Raises:
+        SteerError: a decoder that has an encoder does not continue what that reads.
+    """
+    if lm.is_encoder_decoder:
+        raise SteerError(f"responses behind contexts: {ONLY_PREFIXES}")
     arguments: dict[str, Any] = {**batch, "use_cache": False}
     if lm.attachment.architecture.takes_position_ids:
         arguments["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)

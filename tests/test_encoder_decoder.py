@@ -15,7 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import steer
 from steer import PrefixEdit, Site
+from steer.influence import influence
 from steer.inject import Edit
+from steer.inverse import infer_lambda
 from steer.likelihood import response_gradients, response_losses
 from steer.read import record_span
 from steer.score import row_losses, score
@@ -344,6 +346,8 @@ def test_everything_else_is_refused_before_any_forward_pass(
         lambda: steer.read(t5, [span], [site]),
         lambda: response_gradients(t5, [span], [site]),
         lambda: row_losses(t5, span, [steer.StreamEdit.contrast(["I sail."], 1.5)], 1),
+        lambda: influence(t5, "greet me", "hello", ["I sail."]),
+        lambda: infer_lambda(t5, ["greet me"], ["hello"], ["I sail."]),
         lambda: steer.StyleVector(layer=1).fit(t5, history),
         lambda: steer.TrainedVector(layer=1).fit(t5, history),
         lambda: t5.generate(PROMPTS[:1], states=[steer.CoS(records=1).fit(t5, history)]),
