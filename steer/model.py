@@ -262,7 +262,7 @@ class FrozenLM:
         if _is_ids(prompt):
             if context is not None or system is not None:
                 raise SteerError("a context needs a prompt of text; this one is token ids")
-            return _joined([[piece] if isinstance(piece, int) else piece for piece in prompt])  # type: ignore[arg-type]
+            return _joined([[piece] if isinstance(piece, int) else piece for piece in prompt])
         if not prompt:
             raise SteerError("a prompt is empty")
         if self.tokenizer is None:
@@ -277,10 +277,9 @@ class FrozenLM:
             return self._tokens(text if context is None else f"{context} {text}", marks)
         if not has_template:
             raise SteerError("the tokenizer has no chat template; pass texts, and chat=False")
-        turns = [{"role": "user", "content": prompt}] if is_text else prompt
+        turns = cast("Sequence[Mapping[str, Any]]", [{"role": "user", "content": prompt}] if is_text else prompt)
         messages: list[dict[str, Any]] = [
-            {**turn, "content": marks.text(turn["content"])} if "content" in turn else dict(turn)  # type: ignore[index]
-            for turn in turns
+            {**turn, "content": marks.text(turn["content"])} if "content" in turn else dict(turn) for turn in turns
         ]
         if context is not None:
             last = next((m for m in reversed(messages) if m["role"] == "user"), None)
@@ -320,7 +319,7 @@ class FrozenLM:
         """What a prompt asks, without template: its text, that of the last user message, or that of its token ids."""
         if _is_ids(prompt):
             ids = [piece for piece in prompt if isinstance(piece, int)]
-            return "" if self.tokenizer is None else self.tokenizer.decode(ids, skip_special_tokens=True)
+            return "" if self.tokenizer is None else cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             prompt = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")  # type: ignore[index]
         if isinstance(prompt, str):

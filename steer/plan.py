@@ -152,7 +152,8 @@ class Plan:
         """
         if not any(isinstance(part, PromptPrefix) for part in self.prefixes):
             return self
-        prefix = PrefixEdit.concatenate(with_prompts(self.prefixes, prompts))
+        told = with_prompts(self.prefixes, prompts)
+        prefix = PrefixEdit.concatenate([part for part in told if isinstance(part, PrefixEdit)])
         _check("prefixes", prefix.embeddings, self.batch, prefix.embeddings.shape[-1])
         return replace(self, prefix=prefix)
 

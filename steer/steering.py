@@ -360,8 +360,8 @@ class Steering:
         rows, starts, further = [], [], []
         for row, (prompt, mixture) in enumerate(zip(prompts, mixtures, strict=True)):
             own, *others = (Stream(1.0),) if mixture is None else mixture.streams
-            ids, begun = self._encode(row, prompt, own, chat, mixture is None or mixture.touches(0))
-            rows.append(ids)
+            tokens, begun = self._encode(row, prompt, own, chat, mixture is None or mixture.touches(0))
+            rows.append(tokens)
             starts.append(begun)
             further.append([(s, self._encode(row, prompt, s, chat, mixture.touches(1))[0]) for s in others if mixture])
         padded, mask = self._padded(rows)
@@ -400,7 +400,8 @@ class Steering:
                 f"row {row} has soft tokens for the place {missing[0]!r}, and its prompt has no such place; put "
                 f"Place({missing[0]!r}) between the pieces of it"
             )
-        found: dict[str | None, int] = {None: self._pool.overwriting.start, **places}
+        found: dict[str | None, int] = {None: self._pool.overwriting.start}
+        found.update(places)
         out, done = [*ids[:inside], *[placeholder] * added], inside
         starts = dict.fromkeys(counts, 0)
         for place, index in sorted(found.items(), key=lambda item: item[1]):

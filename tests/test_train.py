@@ -31,8 +31,8 @@ from steer.cli.app import app
 from steer.files import is_free
 from steer.likelihood import negative_log_likelihood
 from steer.method import METHODS
-from steer.train import Examples, load_artifact, save_artifact, split_examples, train_method
-from steer.train.trainer import ByLength, _Shared, parameter_groups, train_shared
+from steer.train import Example, Examples, load_artifact, save_artifact, split_examples, train_method
+from steer.train.trainer import ByLength, Trained, _Shared, parameter_groups, train_shared
 
 # Examples.
 
@@ -137,6 +137,21 @@ def test_batches_have_texts_of_like_length_and_each_epoch_its_order() -> None:
     assert abs(halves[0] - halves[1]) < 60
 
 
+def test_every_epoch_has_all_examples_in_another_order(llama: steer.FrozenLM, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Telling(Soft):
+        def edits(self, examples: Sequence[Example]) -> list[steer.PrefixEdit]:
+            seen.extend(example.record.id for example in examples)
+            return super().edits(examples)
+
+    examples = split_examples(llama, crowd(), later=0, strangers=0).train
+    train_shared(llama, Telling(llama.width), examples, out=tmp_path / "run", epochs=2, batch=4)
+    epochs = seen[: len(examples)], seen[len(examples) :]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(example.record.id for example in examples)
+    assert epochs[0] != epochs[1]
+
+
 # The loss.
 
 
@@ -210,7 +225,7 @@ def test_no_forward_pass_is_larger_than_it_may_be(
 
 def test_validation_losses_are_means_over_tokens(llama: steer.FrozenLM, tmp_path: Path) -> None:
     module, split = Soft(llama.width), parts(llama)
-    trained = run(llama, tmp_path / "run", module)
+    trained = run(llama, tmp_path / "run", module, epochs=1)
     with torch.no_grad():
         for name, examples in split.validation.items():
             everyone = list(examples)
@@ -305,13 +320,13 @@ def test_biases_and_norms_do_not_decay_and_parts_have_their_own_rates() -> None:
 
 def test_bf16_keeps_weights_in_float32(llama: steer.FrozenLM, tmp_path: Path) -> None:
     full, half = Soft(llama.width), Soft(llama.width)
-    exact = run(llama, tmp_path / "full", full)
-    rounded = run(llama, tmp_path / "half", half, bf16=True)
+    exact = run(llama, tmp_path / "full", full, epochs=1)
+    rounded = run(llama, tmp_path / "half", half, epochs=1, bf16=True)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}
     assert 0 < abs(exact.losses["all"] - rounded.losses["all"]) < 0.05
     # The two runs were in one process, and the second is not the first's.
     again = Soft(llama.width)
-    assert run(llama, tmp_path / "again", again).losses == exact.losses
+    assert run(llama, tmp_path / "again", again, epochs=1).losses == exact.losses
 
 
 def test_training_leaves_everybodys_randomness_alone(llama: steer.FrozenLM, tmp_path: Path) -> None:
@@ -391,11 +406,20 @@ def test_modules_that_cannot_be_trained_are_refused(llama: steer.FrozenLM, tmp_p
 # Going on.
 
 
-@pytest.mark.parametrize("call", [2, 11, 17, 30])
-def test_an_interrupted_run_goes_on_to_the_same_end(llama: steer.FrozenLM, tmp_path: Path, call: int) -> None:
-    """Bit for bit: after the first save, in the middle of an epoch, and at the end of one."""
-    whole = Soft(llama.width, dropout=0.2)
-    expected = run(llama, tmp_path / "whole", whole)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Soft, Trained]:
+    """A run that nothing has interrupted."""
+    with steer.wrap(tiny("llama"), tokenizer()) as lm:
+        module = Soft(lm.width, dropout=0.2)
+        return module, run(lm, tmp_path_factory.mktemp("whole") / "run", module)
+
+
+@pytest.mark.parametrize("call", [2, 11, 30])
+def test_an_interrupted_run_goes_on_to_the_same_end(
+    llama: steer.FrozenLM, tmp_path: Path, whole: tuple[Soft, Trained], call: int
+) -> None:
+    """Bit for bit: from before the first save, in the first epoch, and in a later one."""
+    module, expected = whole
     broken = Soft(llama.width, dropout=0.2)
     broken.fails_at = call
     with pytest.raises(KeyboardInterrupt):
@@ -407,19 +431,20 @@ def test_an_interrupted_run_goes_on_to_the_same_end(llama: steer.FrozenLM, tmp_p
     if first:
         resumed = Soft(llama.width, dropout=0.2)
     actual = run(llama, tmp_path / "run", resumed, resume=True)
-    assert resumed.calls < whole.calls or first
+    assert resumed.calls < module.calls or first
     assert entries(actual.log) == entries(expected.log)
     assert (actual.steps, actual.kept, actual.losses) == (expected.steps, expected.kept, expected.losses)
-    for name, tensor in whole.state_dict().items():
+    for name, tensor in module.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert entries(lines) == entries(expected.log)
 
 
-def test_a_checkpoint_that_was_not_finished_is_passed_over(llama: steer.FrozenLM, tmp_path: Path) -> None:
-    whole = Soft(llama.width)
-    expected = run(llama, tmp_path / "whole", whole)
-    broken = Soft(llama.width)
+def test_a_checkpoint_that_was_not_finished_is_passed_over(
+    llama: steer.FrozenLM, tmp_path: Path, whole: tuple[Soft, Trained]
+) -> None:
+    module, expected = whole
+    broken = Soft(llama.width, dropout=0.2)
     broken.fails_at = 30
     with pytest.raises(KeyboardInterrupt):
         run(llama, tmp_path / "run", broken)
@@ -428,9 +453,10 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(llama: steer.FrozenLM
     state = (last / "trainer_state.json").read_text()
     (last / "trainer_state.json").write_text(state[: len(state) // 2])
     (folder / "checkpoint-1000").mkdir()
-    actual = run(llama, tmp_path / "run", resumed := Soft(llama.width, seed=1), resume=True)
+    resumed = Soft(llama.width, dropout=0.2, seed=1)
+    actual = run(llama, tmp_path / "run", resumed, resume=True)
     assert entries(actual.log) == entries(expected.log)
-    assert all(torch.equal(resumed.state_dict()[n], tensor) for n, tensor in whole.state_dict().items())
+    assert all(torch.equal(resumed.state_dict()[n], tensor) for n, tensor in module.state_dict().items())
 
 
 def test_a_finished_run_is_not_run_again(llama: steer.FrozenLM, tmp_path: Path) -> None:
@@ -482,9 +508,10 @@ def in_processes(count: int, *arguments: object) -> subprocess.CompletedProcess[
 
 @pytest.mark.full
 @pytest.mark.parametrize("call", [9, 24])
-def test_a_killed_run_goes_on_to_the_same_end(llama: steer.FrozenLM, tmp_path: Path, call: int) -> None:
-    whole = Soft(llama.width, dropout=0.2)
-    expected = run(llama, tmp_path / "whole", whole)
+def test_a_killed_run_goes_on_to_the_same_end(
+    llama: steer.FrozenLM, tmp_path: Path, whole: tuple[Soft, Trained], call: int
+) -> None:
+    module, expected = whole
     killed = in_processes(1, tmp_path / "run", call, "{}")
     assert killed.returncode == -9, killed.stderr
     resumed = in_processes(1, tmp_path / "run", 0, '{"resume": true}')
@@ -493,7 +520,7 @@ def test_a_killed_run_goes_on_to_the_same_end(llama: steer.FrozenLM, tmp_path: P
     actual = run(llama, tmp_path / "run", again, resume=True)
     assert again.calls == 0
     assert entries(actual.log) == entries(expected.log)
-    assert all(torch.equal(again.state_dict()[n], tensor) for n, tensor in whole.state_dict().items())
+    assert all(torch.equal(again.state_dict()[n], tensor) for n, tensor in module.state_dict().items())
 
 
 @pytest.mark.full
@@ -628,7 +655,7 @@ def test_a_real_model_learns_from_the_voices(tmp_path: Path) -> None:
         scale = lm.model.get_input_embeddings().weight.float().square().mean().sqrt().item()
         nn.init.constant_(module.norm.weight, scale)
         trained = train_shared(
-            lm, module, split.train, split.validation, out=tmp_path, steps=6, batch=8, learning_rate=0.02
+            lm, module, split.train, split.validation, out=tmp_path, steps=12, batch=8, learning_rate=2e-3
         )
     losses = [entry["eval_loss"] for entry in trained.log if "eval_loss" in entry]
-    assert min(losses[1:]) < losses[0] - 0.1
+    assert min(losses[1:]) < losses[0] - 0.03

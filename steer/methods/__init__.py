@@ -2,6 +2,7 @@
 
 from steer.methods.amulet import Amulet
 from steer.methods.caa import CAA
+from steer.methods.commer import ComMer
 from steer.methods.contrastive_decoding import ContrastiveDecoding
 from steer.methods.cos import CoS, CoSMany, CoSPair
 from steer.methods.costeer import CoSteer
@@ -30,6 +31,7 @@ __all__ = [
     "CoSMany",
     "CoSPair",
     "CoSteer",
+    "ComMer",
     "ContrastiveDecoding",
     "DExperts",
     "Drift",

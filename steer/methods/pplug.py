@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -115,7 +115,7 @@ class PPlug(Method):
         embeddings = encoder.encode([self._text(record) for history in histories for record in history])
         if not len(embeddings):
             raise SteerError("there are no records to train on")
-        table = lm.model.get_input_embeddings()
+        table = cast("nn.Embedding", lm.model.get_input_embeddings())
         return Plug(self, encoder, embeddings.mean(0), lm.width_at(Site("embed")), usual_norm(table)).to(lm.device)
 
     def artifact_of(self, lm: FrozenLM, module: nn.Module) -> Artifact:
@@ -234,7 +234,8 @@ class Plug(nn.Module):
         super().__init__()
         self.method, self.encoder, self.scale = method, encoder, scale
         self.register_buffer("nobody", nobody)
-        kind, own = method.persona, {"scale": scale, "normalized": method.normalized, "published": method.published}
+        kind = method.persona
+        own: dict[str, Any] = {"scale": scale, "normalized": method.normalized, "published": method.published}
         if method.instruction:
             self.instruction = LearnedTokens(1, encoder.width, width, **own)
         if kind in ("attention", "mean"):
@@ -250,8 +251,11 @@ class Plug(nn.Module):
     @property
     def soft_tokens(self) -> int:
         """Of a row, at most."""
-        persona = 1 if self.method.persona in ("attention", "mean") else self.method.slots
-        return persona + self.method.instruction
+        return self._slots + self.method.instruction
+
+    @property
+    def _slots(self) -> int:
+        return 1 if self.method.persona in ("attention", "mean") else self.method.slots
 
     def edits(self, examples: Sequence[Example]) -> list[Edit]:
         """One prefix for each example, from the records before it."""
@@ -284,8 +288,10 @@ class Plug(nn.Module):
 
     def lengths(self, mask: Bool[Tensor, "row item"]) -> Tensor:
         """How many soft tokens each row has."""
-        count = {"items": mask.sum(1), "perceiver": self.method.slots}.get(self.method.persona, 1)
-        return torch.zeros_like(mask[:, 0], dtype=torch.long) + count + int(self.method.instruction)
+        own = mask.sum(1)
+        if self.method.persona != "items":
+            own = torch.full_like(own, self._slots)
+        return own + int(self.method.instruction)
 
     def forward(
         self,

@@ -169,9 +169,6 @@ def split_examples(
         for position in range(earlier, len(history))
     }
     sets = {kind: Examples(users, spans, places, last, seed) for kind, places in kinds.items()}
-    known = [
-        history.first(cut) for user, (history, cut) in enumerate(zip(users, cuts, strict=True)) if user not in unknown
-    ]
     return Split(**sets, known=known)
 
 

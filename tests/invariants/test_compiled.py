@@ -229,7 +229,8 @@ def test_prefixes_at_places_and_as_keys_and_values_decode_in_one_graph(arch: str
         edits: list[Edit] = [
             steer.KeyValueEdit.from_rows(steer.key_values_of(lm, prefixes[::-1])),
             steer.PrefixEdit.from_rows(prefixes, WIDTH, place="here"),
-            steer.PrefixEdit.from_rows([None, *prefixes[1:]], WIDTH),
+            # Sizes are shapes, so there are as many soft tokens as before in the longest row.
+            steer.PrefixEdit.from_rows([torch.randn(3 - count, WIDTH) for count in counts], WIDTH),
         ]
         compiled, eager = static(lm, rows, edits=edits), generate(lm, rows, cross_attention(), edits=edits)
         assert_close(compiled.logits, eager.logits)
