@@ -39,7 +39,7 @@ class Prepared:
     """A tokenized batch.
 
     Attributes:
-        input_ids, attention_mask: `[batch, pos]`, left-padded.
+        input_ids, attention_mask: `[batch, pos]`, left-padded; right-padded for an encoder.
         further: for each row, its further streams and their token ids.
     """
 
@@ -83,12 +83,17 @@ class Decoding:
         processor: Callable[[Tensor, Tensor], Tensor],
         criteria: Any,
         config: Any,
+        prompts: Tensor,
         kwargs: dict[str, Any],
     ) -> Any:
-        """What a `custom_generate` callable is to do; the arguments are those that transformers hands to it."""
+        """What a `custom_generate` callable is to do; the arguments are those that transformers hands to it.
+
+        `input_ids` are what is continued, one a row. `prompts` is the batch that `generate` was called with, which in
+        an encoder-decoder model is something else.
+        """
         mode = config.get_generation_mode(None)
         copies = max(config.num_beams, config.num_return_sequences)
-        self._validate(mode, input_ids, copies, config)
+        self._validate(mode, input_ids, copies, config, prompts)
         streamer = self.streamer
         if streamer is not None:
             # As `generate` does with a streamer of its own; some take what comes first for the prompt and skip it.
@@ -140,7 +145,7 @@ class Decoding:
         self.bound.require_no_gap(prepared.attention_mask, config.max_length)
         self.bound.remember(cache, owners)
 
-    def _validate(self, mode: GenerationMode, input_ids: Tensor, copies: int, config: Any) -> None:
+    def _validate(self, mode: GenerationMode, input_ids: Tensor, copies: int, config: Any, prompts: Tensor) -> None:
         batch, prepared = self.plan.batch, self.bound.prepared
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH):
             raise SteerError(
@@ -157,7 +162,7 @@ class Decoding:
             )
         if not self.plan.mixes and not self.bound.has_prefix:
             return
-        if prepared is None or not torch.equal(prepared.input_ids.repeat_interleave(copies, 0), input_ids):
+        if prepared is None or not torch.equal(prepared.input_ids, prompts):
             raise SteerError(
                 "prefixes and contexts are part of the prompt: make the batch with steering.prepare(prompts), and pass "
                 "it to generate as it is"

@@ -9,6 +9,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from steer.architectures import ONLY_PREFIXES
+from steer.errors import SteerError
 from steer.inject import KeyValues, PrefixEdit
 from steer.read import by_length
 from steer.sites import Site
@@ -36,7 +38,12 @@ def key_values_of(
 
     Returns:
         Keys and values in the model's precision, on its device; None for a row without soft tokens.
+
+    Raises:
+        SteerError: the prompts are read by an encoder.
     """
+    if lm.is_encoder_decoder:
+        raise SteerError(f"keys and values: {ONLY_PREFIXES}")
     bos = lm.operators.overwriting.start
     found: list[KeyValues | None] = [None] * len(prefixes)
     lengths = {i: bos + len(prefix) for i, prefix in enumerate(prefixes) if prefix is not None and len(prefix)}

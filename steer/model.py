@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StopStringCriteria
 
-from steer.architectures import architecture_of, find_decoder
+from steer.architectures import ONLY_PREFIXES, architecture_of, find_decoder
 from steer.attach import Attachment
 from steer.cache import key_of
 from steer.embedded import EMBEDDED, resolve
@@ -46,7 +46,7 @@ _WRAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FrozenLM]] = weakref.
 
 
 class FrozenLM:
-    """A frozen causal language model with places to read and to steer.
+    """A frozen language model with places to read and to steer.
 
     Made by `steer.load` or `steer.wrap`. While it is open the model is in evaluation mode and its parameters require no
     gradient; `close()` leaves the model as it was.
@@ -55,7 +55,8 @@ class FrozenLM:
         model: the transformers model, usable as ever.
         tokenizer: its tokenizer; None if the model is only fed token ids.
         width: of the residual stream.
-        n_layers: number of blocks.
+        n_layers: number of blocks that have sites; 0 in an encoder-decoder model.
+        is_encoder_decoder: whether an encoder reads the prompts; soft tokens are all that can be put into these then.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ class FrozenLM:
             raise SteerError("this model is wrapped already; use that FrozenLM, or close() it first")
         self._text = cast("PreTrainedModel", decoder.get_submodule(path))
         self._config = self._text.config
-        self._fingerprints = Fingerprints(self._text)
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self._fingerprints = Fingerprints(model if self.is_encoder_decoder else self._text)
         self.width = cast(int, self._config.hidden_size)
         self.operators = Operators(prefix_start=1 if self._adds_bos else 0)
         self.attachment = Attachment(model, decoder, architecture_of(self._config).inside(path))
@@ -158,8 +160,10 @@ class FrozenLM:
         """Of what a layer keeps of a token: heads, width of their keys, and of their values. Seen in a forward pass.
 
         Raises:
-            SteerError: the layers differ in it.
+            SteerError: the layers differ in it, or there is an encoder, which keeps nothing.
         """
+        if self.is_encoder_decoder:
+            raise SteerError(f"keys and values: {ONLY_PREFIXES}")
         cache = DynamicCache()
         with torch.no_grad():
             self.attachment.decoder(
@@ -205,6 +209,14 @@ class FrozenLM:
         if self.tokenizer is None or self.tokenizer.bos_token_id is None:
             return False
         return self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
+
+    @property
+    def _special_ids(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts in front of a text and behind it."""
+        assert self.tokenizer is not None
+        whole, bare = (self.tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+        start = whole.index(bare[0])
+        return whole[:start], whole[start + len(bare) :]
 
     @property
     def window(self) -> int | None:
@@ -290,8 +302,8 @@ class FrozenLM:
         assert self.tokenizer is not None
         if not marks.places:
             return self.tokenizer(text).input_ids, {}
-        bos = [[self.tokenizer.bos_token_id]] if self._adds_bos else []
-        return self._pieces([*bos, *marks.split(text)])
+        front, behind = self._special_ids
+        return self._pieces([front, *marks.split(text), behind])
 
     def _pieces(self, pieces: Sequence[str | list[int] | Place]) -> tuple[list[int], dict[str, int]]:
         """Token ids of texts that already have their special tokens, of token ids and places."""
@@ -461,7 +473,9 @@ class FrozenLM:
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         ends = generate.get("eos_token_id", (config or self.model.generation_config).eos_token_id)
         ends = {ends} if isinstance(ends, int) else set(ends or [])
-        return [_until(row, ends) for row in sequences[:, batch["input_ids"].shape[1] :].tolist()]
+        # A decoder that has an encoder starts from one token of its own, and not from the prompt.
+        start = 1 if self.is_encoder_decoder else batch["input_ids"].shape[1]
+        return [_until(row, ends) for row in sequences[:, start:].tolist()]
 
     def generate(self, prompts: Sequence[Prompt], *args: Any, **kwargs: Any) -> list[str]:
         """Answers a batch of prompts, each row in the manner of its own user.
@@ -567,10 +581,11 @@ def wrap(
     """Prepares a transformers model for reading and steering.
 
     Args:
-        model: a causal language model that was not compiled yet; wrap first, compile after. Also the model in a
-            TransformerBridge or in an nnsight model.
+        model: a causal language model, or an encoder-decoder one to generate with, that was not compiled yet; wrap
+            first, compile after. Also the model in a TransformerBridge or in an nnsight model.
         tokenizer: its tokenizer; nnsight's if None. Without one, prompts are token ids.
-        sites: where to place hooks; `embed` and all `resid_post` if None. More can be declared until it is compiled.
+        sites: where to place hooks; `embed` and all `resid_post` if None. More can be declared until it is compiled. An
+            encoder-decoder model has `embed` alone, which is what its encoder reads.
 
     Raises:
         SteerError: the architecture is not described, or the model was compiled or wrapped before.
@@ -587,13 +602,14 @@ def load(name: str, *, device: str | torch.device | None = None, dtype: torch.dt
         device: "cuda" if there is one, else "cpu", when None.
         dtype: of the weights; as they are stored when None.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     if name in EMBEDDED and EMBEDDED[name].kind != "causal-lm":
         raise SteerError(f"{name} is a {EMBEDDED[name].kind}, not a language model that could be steered")
     path = resolve(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(path).is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_pretrained(path, dtype=dtype or "auto")
     cast(nn.Module, model).to(device)
     return wrap(model, AutoTokenizer.from_pretrained(path))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from steer.architectures import ONLY_PREFIXES
 from steer.companion import require_same_vocabulary
 from steer.errors import SteerError, UnknownUser
 from steer.inject import (
@@ -76,9 +77,13 @@ class Plan:
         Raises:
             SteerError: an edit has another number of rows or another width than the batch and the model, its site does
                 not exist, two edits contrast the same row or give it keys and values, these are combined with what
-                reads the whole prompt, or a stream's model is not there or has another vocabulary.
+                reads the whole prompt, a stream's model is not there or has another vocabulary, or something other
+                than a prefix of soft tokens is to steer an encoder-decoder model.
         """
         edits = list(edits)
+        for edit in edits:
+            if lm.is_encoder_decoder and not isinstance(edit, PrefixEdit | PromptPrefix):
+                raise SteerError(f"{type(edit).__name__}: {ONLY_PREFIXES}")
         residual = tuple(in_turn(e.at(e.site.canonical()) for e in edits if isinstance(e, SiteEdit)))
         memory = tuple(replace(e, site=lm.memory_site(e.site)) for e in edits if isinstance(e, MemoryEdit))
         neighbours = tuple(replace(e, site=e.site.canonical()) for e in edits if isinstance(e, NeighbourEdit))
@@ -198,6 +203,8 @@ def _require_model(lm: FrozenLM, name: str, models: Mapping[str, FrozenLM]) -> N
         )
     if models[name] is lm:
         raise SteerError(f"the model {name!r} is the steered one itself; its streams need no name")
+    if models[name].is_encoder_decoder:
+        raise SteerError(f"the model {name!r} has an encoder; streams are continued by models without one")
     require_same_vocabulary(lm, models[name], name)
 
 

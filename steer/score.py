@@ -60,7 +60,7 @@ def row_losses(
     plan = _plan_of(lm, edits, rows, models)
     if plan.mixes and plan.streams is not None:
         return mixed_losses(lm, span, plan.streams.mixtures, models=models, batch_tokens=batch_tokens)
-    if any(isinstance(edit, PrefixEdit | KeyValueEdit) for edit in edits):
+    if lm.is_encoder_decoder or any(isinstance(edit, PrefixEdit | KeyValueEdit) for edit in edits):
         return _prefixed_losses(lm, span, edits, rows, batch_tokens)
     branches = Branches(lm, plan)
     branches.open()
@@ -92,7 +92,7 @@ def _plan_of(lm: FrozenLM, edits: Sequence[Edit], rows: int, models: Mapping[str
 def _prefixed_losses(
     lm: FrozenLM, span: Span, edits: Sequence[Edit], rows: int, batch_tokens: int
 ) -> Float[Tensor, " row"]:
-    """The same where a prefix makes another text of each row, so that they share nothing."""
+    """The same where rows share nothing: a prefix makes another text of each, or they have an encoder to read them."""
     prefixes = [edit for edit in edits if isinstance(edit, PrefixEdit | KeyValueEdit)]
     longest = span.end + sum(int(edit.lengths.max()) for edit in prefixes)
     parts = torch.arange(rows).split(max(batch_tokens // longest, 1))

@@ -21,7 +21,7 @@ from steer.inject.positions import Gate, MarkedGate, NamedGate, Positions
 from steer.inject.prefix import OverwriteEmbeddings
 from steer.inject.residual import AddVectors, EditStates, SiteEdit, operator_of
 from steer.inject.rows import Rows
-from steer.inject.stream_rows import pad_behind, pad_left
+from steer.inject.stream_rows import pad_behind, pad_left, pad_right
 from steer.inject.streams import Stream
 from steer.plan import Plan
 from steer.read import require_room
@@ -235,7 +235,10 @@ class Steering:
             recalling.load(recalled, rows, lm.device_at(recalled.site))
 
     def _plain_rows(self) -> Rows:
-        lengths = self._given_lengths
+        lengths: Any = self._given_lengths
+        if self.lm.is_encoder_decoder and self.prepared is not None:
+            # `generate` runs the encoder before it hands over to the decoding.
+            lengths = self.prepared.attention_mask.sum(1)
         return Rows(self.owners, None if lengths is None else torch.as_tensor(lengths, device=self.lm.device))
 
     def _report_idle(self) -> None:
@@ -334,7 +337,9 @@ class Steering:
     # Generation.
 
     def prepare(self, prompts: Sequence[Prompt], *, chat: bool | None = None) -> dict[str, Tensor]:
-        """Tokenizes a batch, with contexts and placeholders where the plan wants them, left-padded.
+        """Tokenizes a batch, with contexts and placeholders where the plan wants them.
+
+        It is padded on the left, and for an encoder on the right: nothing follows there.
 
         Args:
             prompts: texts or lists of chat messages, one a row.
@@ -359,11 +364,16 @@ class Steering:
             rows.append(tokens)
             starts.append(begun)
             further.append([(s, self._encode(row, prompt, s, chat, mixture.touches(1))[0]) for s in others if mixture])
+        padded, mask = self._padded(rows)
+        self.prepared = Prepared(padded.to(self.lm.device), mask.to(self.lm.device), further)
         self._place(starts)
-        pad, given = self.lm.pad_token_id, self.plan.key_values
-        ids, mask = pad_left(rows, pad) if given is None else pad_behind(rows, given.lengths.tolist(), pad)
-        self.prepared = Prepared(ids.to(self.lm.device), mask.to(self.lm.device), further)
         return {"input_ids": self.prepared.input_ids, "attention_mask": self.prepared.attention_mask}
+
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        pad, given = self.lm.pad_token_id, self.plan.key_values
+        if self.lm.is_encoder_decoder:
+            return pad_right(rows, pad)
+        return pad_left(rows, pad) if given is None else pad_behind(rows, given.lengths.tolist(), pad)
 
     def _encode(
         self, row: int, prompt: Prompt, stream: Stream, chat: bool | None, touched: bool
@@ -417,10 +427,11 @@ class Steering:
         return torch.full((self.plan.batch, len(self.plan.runs)), self._pool.overwriting.start)
 
     def _place(self, starts: list[list[int]]) -> None:
-        """Takes note of where soft tokens stand in the prompts of this batch."""
-        if self._starts_in_front() is not None:
+        """Takes note of where soft tokens stand in the prompts of this batch, and of where an encoder's prompts end."""
+        if self._starts_in_front() is None:
+            self._starts, self._rows = torch.tensor(starts, dtype=torch.long), None
+        elif not self.lm.is_encoder_decoder:
             return
-        self._starts, self._rows = torch.tensor(starts, dtype=torch.long), None
         self._load(self._plain_rows())
 
     def forward_kwargs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -482,9 +493,11 @@ class Steering:
             logits_processor: Any,
             stopping_criteria: Any,
             generation_config: Any,
+            inputs_tensor: Tensor,
             **kw: Any,
         ) -> Any:
-            return decoding.run(model, input_ids, logits_processor, stopping_criteria, generation_config, kw)
+            config = generation_config
+            return decoding.run(model, input_ids, logits_processor, stopping_criteria, config, inputs_tensor, kw)
 
         return {"custom_generate": decode}
 

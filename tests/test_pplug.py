@@ -212,3 +212,22 @@ def test_from_the_command_line(
     assert "pplug is trained first: steer train pplug" in str(refused.exception)
     refused = run("extract", file, "--trained", out, "--layer", 1, "--bank", bank)
     assert "says which method it is" in str(refused.exception)
+
+
+def test_in_front_of_an_encoder(encoder: str, tmp_path: Path) -> None:
+    """A state gives the loss that its history gave in training, in T5 too."""
+    with steer.wrap(tiny("t5"), tokenizer(eos=True)) as t5:
+        method = trained(t5, encoder, tmp_path)
+        whole = HISTORIES[0]
+        span = record_span(t5, whole.records[3])
+        state = method.fit(t5, whole.first(3))
+        module = method.module(t5, HISTORIES)
+        module.load_state_dict(dict(method.artifact.tensors))
+        expected, _ = response_losses(
+            t5, [span], module.eval().edits([Example(whole.first(3), whole.records[3], span)])
+        )
+        bound = PPlug.bind(t5, [state, None], state, method.artifact)
+        found, _ = response_losses(t5, [span, span], bound)
+        plain, _ = response_losses(t5, [span], [])
+        assert_close(found, torch.cat([expected, plain]).detach())
+        assert not torch.allclose(found[0], plain[0])

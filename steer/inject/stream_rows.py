@@ -168,6 +168,12 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, at_least: int = 0
     return ids, mask
 
 
+def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """The same with the padding on the right."""
+    ids, mask = pad_left([row[::-1] for row in rows], pad_token_id)
+    return ids.flip(1), mask.flip(1)
+
+
 def pad_behind_heads(
     rows: Sequence[Sequence[int]], groups: Sequence[int], pad_token_id: int, at_least: int
 ) -> tuple[Tensor, Tensor, Heads]:
