@@ -20,9 +20,11 @@ from steer.kernels.rows import (
     naive_overwrite_rows,
     naive_project_rows,
     naive_similarity_to_projection,
+    naive_slots_at,
     overwrite_rows,
     project_rows,
     similarity_to_projection,
+    slots_at,
 )
 from steer.kernels.tilt import naive_tilted_log_probs, naive_tilted_moments, tilted_log_probs, tilted_moments
 
@@ -46,11 +48,13 @@ __all__ = [
     "naive_overwrite_rows",
     "naive_project_rows",
     "naive_similarity_to_projection",
+    "naive_slots_at",
     "naive_tilted_log_probs",
     "naive_tilted_moments",
     "overwrite_rows",
     "project_rows",
     "similarity_to_projection",
+    "slots_at",
     "tilted_log_probs",
     "tilted_moments",
 ]

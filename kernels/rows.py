@@ -158,32 +158,49 @@ def naive_similarity_to_projection(
     return out
 
 
-def overwrite_rows(
-    hidden: Float[Tensor, "row pos d"],
-    values: Float[Tensor, "row slot d"],
-    offsets: Int[Tensor, "row pos"],
-    lengths: Int[Tensor, " row"],
-) -> Float[Tensor, "row pos d"]:
-    """Puts `values[row, offsets[row, pos]]` at every position whose offset lies in `[0, lengths[row])`.
+def slots_at(
+    positions: Int[Tensor, "row pos"], starts: Int[Tensor, "row run"], counts: Int[Tensor, "row run"]
+) -> Int[Tensor, "row pos"]:
+    """The slot whose value belongs at each position, or −1 where none does.
 
-    Offsets may be negative or too large: such positions keep what they have.
+    A row's slots are numbered through its runs, in order: run r has `counts[row, r]` of them, one behind the other from
+    position `starts[row, r]` on. Runs do not overlap.
     """
-    inside = (offsets >= 0) & (offsets < lengths[:, None])
-    slots = offsets.clamp(0, values.shape[1] - 1)[..., None].expand(-1, -1, values.shape[2])
-    return torch.where(inside[..., None], values.gather(1, slots), hidden)
+    offsets = positions[..., None] - starts[:, None]
+    firsts = (counts.cumsum(1) - counts)[:, None]
+    return torch.where((offsets >= 0) & (offsets < counts[:, None]), firsts + offsets, -1).amax(-1)
+
+
+def naive_slots_at(
+    positions: Int[Tensor, "row pos"], starts: Int[Tensor, "row run"], counts: Int[Tensor, "row run"]
+) -> Int[Tensor, "row pos"]:
+    """Reference of `slots_at`: one row, run and slot at a time."""
+    out = torch.full_like(positions, -1)
+    for row in range(len(positions)):
+        slot = 0
+        for start, count in zip(starts[row].tolist(), counts[row].tolist(), strict=True):
+            for position in range(start, start + count):
+                out[row, positions[row] == position] = slot
+                slot += 1
+    return out
+
+
+def overwrite_rows(
+    hidden: Float[Tensor, "row pos d"], values: Float[Tensor, "row slot d"], slots: Int[Tensor, "row pos"]
+) -> Float[Tensor, "row pos d"]:
+    """Puts `values[row, slots[row, pos]]` at every position that has a slot; one of −1 keeps what it has."""
+    chosen = slots.clamp(min=0)[..., None].expand(-1, -1, values.shape[2])
+    return torch.where((slots >= 0)[..., None], values.gather(1, chosen), hidden)
 
 
 def naive_overwrite_rows(
-    hidden: Float[Tensor, "row pos d"],
-    values: Float[Tensor, "row slot d"],
-    offsets: Int[Tensor, "row pos"],
-    lengths: Int[Tensor, " row"],
+    hidden: Float[Tensor, "row pos d"], values: Float[Tensor, "row slot d"], slots: Int[Tensor, "row pos"]
 ) -> Float[Tensor, "row pos d"]:
     """Reference of `overwrite_rows`: one row and one position at a time."""
     out = hidden.clone()
     for row in range(hidden.shape[0]):
         for pos in range(hidden.shape[1]):
-            if 0 <= (slot := int(offsets[row, pos])) < int(lengths[row]):
+            if (slot := int(slots[row, pos])) >= 0:
                 out[row, pos] = values[row, slot]
     return out
 

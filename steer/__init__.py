@@ -14,20 +14,26 @@ from steer.errors import SteerError, UnknownUser
 from steer.history import History, Record, read_histories
 from steer.inject import (
     Condition,
+    KeyValueEdit,
+    KeyValues,
     LowRankEdit,
     MemoryEdit,
     NeighbourEdit,
+    Place,
     PrefixEdit,
     ProjectionEdit,
+    PromptPrefix,
     ResidualEdit,
     StreamEdit,
 )
+from steer.key_values import key_values_of
 from steer.method import Method, make_method
 from steer.methods import (
     CAA,
     KNNLM,
     MOD,
     Amulet,
+    ComMer,
     ContrastiveDecoding,
     CoS,
     CoSMany,
@@ -39,6 +45,7 @@ from steer.methods import (
     Guidance,
     NaturalGradient,
     PerFit,
+    PPlug,
     PrefixTuning,
     ProxyTuning,
     RepEPCA,
@@ -52,6 +59,7 @@ from steer.read import read
 from steer.sites import Site
 from steer.state import Artifact, Blend, Provenance, UserState
 from steer.steering import Steering
+from steer.text_encoder import TextEncoder
 
 __version__ = "0.1.0"
 
@@ -68,6 +76,7 @@ __all__ = [
     "CoSMany",
     "CoSPair",
     "CoSteer",
+    "ComMer",
     "Condition",
     "ContrastiveDecoding",
     "DExperts",
@@ -76,16 +85,21 @@ __all__ = [
     "GivenVector",
     "Guidance",
     "History",
+    "KeyValueEdit",
+    "KeyValues",
     "LowRankEdit",
     "MemoryEdit",
     "Method",
     "NaturalGradient",
     "NeighbourEdit",
+    "PPlug",
     "Pair",
     "PerFit",
+    "Place",
     "PrefixEdit",
     "PrefixTuning",
     "ProjectionEdit",
+    "PromptPrefix",
     "Provenance",
     "ProxyTuning",
     "Record",
@@ -96,10 +110,12 @@ __all__ = [
     "Steering",
     "StreamEdit",
     "StyleVector",
+    "TextEncoder",
     "TrainedVector",
     "UnknownUser",
     "UserLLM",
     "UserState",
+    "key_values_of",
     "load",
     "make_method",
     "read",

@@ -18,7 +18,7 @@ class Architecture:
     """Paths of modules: those of the model start at its decoder, those of a block at the block.
 
     Attributes:
-        blocks: the list of decoder blocks.
+        blocks: the list of decoder blocks; None where the model has an encoder, of which only `embed` is a site.
         embed: the token embedding.
         final_norm: what the head reads comes from here, mostly a norm; None where it is the last block.
         attn_out: the module whose output is added to the residual as attention's part.
@@ -29,7 +29,7 @@ class Architecture:
         takes_position_ids: False if the decoder derives positions itself.
     """
 
-    blocks: str
+    blocks: str | None
     embed: str
     final_norm: str | None
     attn_out: str
@@ -62,6 +62,22 @@ _GEMMA = replace(
     attn_out="post_attention_layernorm",
     mlp_out="post_feedforward_layernorm",
     mid="pre_feedforward_layernorm",
+)
+
+# An encoder-decoder model takes soft tokens in what its encoder reads, so that is all there is to find in it.
+_ENCODER = Architecture(
+    blocks=None,
+    embed="embed_tokens",
+    final_norm=None,
+    attn_out="",
+    mlp_out="",
+    z="",
+    mid=None,
+    takes_position_ids=False,
+)
+ONLY_PREFIXES = (
+    "an encoder-decoder model takes soft tokens in what its encoder reads (PrefixEdit, PromptPrefix, methods such as "
+    "PrefixTuning and PPlug), and nothing else"
 )
 
 # Keyed by `config.model_type`, in multimodal models that of the text's part.
@@ -124,6 +140,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         mid="post_attention_layernorm",
         takes_position_ids=False,
     ),
+    "t5": _ENCODER,
+    "mt5": _ENCODER,
+    "umt5": _ENCODER,
+    "bart": _ENCODER,
+    "mbart": _ENCODER,
 }
 
 
@@ -135,12 +156,17 @@ def register_architecture(model_type: str, architecture: Architecture) -> None:
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """Returns the description of a model. Raises SteerError, saying how to write one, if there is none."""
     model_type = config.model_type
-    if model_type not in ARCHITECTURES:
+    # Of some encoder-decoder models the decoder is also a model of its own, of the same type.
+    known = {kind for kind, found in ARCHITECTURES.items() if (found.blocks is None) == config.is_encoder_decoder}
+    if model_type not in known:
+        like, looks = (
+            ("t5", "encoder looks like T5's") if config.is_encoder_decoder else ("llama", "blocks look like Llama's")
+        )
         raise SteerError(
-            f"no description of the architecture {model_type!r} (known: {', '.join(sorted(ARCHITECTURES))}). "
-            f"If its blocks look like Llama's, write:\n"
+            f"no description of the architecture {model_type!r} (known: {', '.join(sorted(known))}). "
+            f"If its {looks}, write:\n"
             f"    from steer.architectures import ARCHITECTURES, register_architecture\n"
-            f'    register_architecture("{model_type}", ARCHITECTURES["llama"])\n'
+            f'    register_architecture("{model_type}", ARCHITECTURES["{like}"])\n'
             f"and adapt the paths with dataclasses.replace(...) where they differ; docs/architectures.md shows how."
         )
     return _as_configured(ARCHITECTURES[model_type], config)
@@ -174,7 +200,8 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, str]:
     """Finds what a forward pass of the model calls with the tokens, and the path in it of the text's decoder.
 
     The path is empty except in multimodal models, which embed the tokens and put images between them before they call
-    their decoder. Looks inside a model that PEFT has wrapped.
+    their decoder. In an encoder-decoder model both are the encoder, which reads the prompt. Looks inside a model that
+    PEFT has wrapped.
 
     Raises:
         SteerError: PEFT puts virtual tokens in front of the prompts, which moves all positions.
@@ -187,6 +214,8 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, str]:
             )
         model = cast(Any, model).get_base_model()
     model = cast("PreTrainedModel", model)
+    if model.config.is_encoder_decoder:
+        return model.get_encoder(), ""
     decoder = model.get_decoder()
     called = decoder if model.config.get_text_config() is model.config else model.base_model
     return called, next(path for path, module in called.named_modules() if module is decoder)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from steer.architectures import Architecture
+from steer.architectures import ONLY_PREFIXES, Architecture
 from steer.errors import SteerError
 from steer.sites import Site
 
@@ -79,7 +79,8 @@ class Attachment:
         self.decoder = decoder
         self.architecture = architecture
         self.positions: Int[Tensor, "row pos"] | None = None
-        self.blocks: Sequence[nn.Module] = list(self.decoder.get_submodule(architecture.blocks).children())
+        blocks = None if architecture.blocks is None else self.decoder.get_submodule(architecture.blocks)
+        self.blocks: Sequence[nn.Module] = [] if blocks is None else list(blocks.children())
         self.slots: dict[Site, Slot] = {}
         self.traced = False
         # Of the class, since nnsight puts a `forward` of its own into the module.
@@ -177,6 +178,8 @@ class Attachment:
     def place_of(self, site: Site) -> Place:
         """Finds a site in the model. Raises SteerError if the model has no such site."""
         name, layer, paths = site.name, site.layer, self.architecture
+        if paths.blocks is None and name != "embed":
+            raise SteerError(f"{site}: {ONLY_PREFIXES}")
         if layer is None:
             path = paths.embed if name == "embed" else paths.final_norm
             if path is None:

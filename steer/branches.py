@@ -33,7 +33,7 @@ class Branches(Steering):
     """
 
     def __init__(self, lm: FrozenLM, plan: Plan) -> None:
-        if plan.prefix is not None or plan.mixes:
+        if plan.prefix is not None or plan.key_values is not None or plan.mixes:
             raise SteerError(
                 "prefixes and contexts change the text itself, so its rows share nothing; score them apart"
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -81,6 +82,20 @@ class Cache:
 def answers_cache() -> Cache:
     """Where the frozen model's own answers are kept, beside the embedded models: `answers.sqlite`."""
     return Cache(cache_dir() / "answers.sqlite")
+
+
+def embeddings_cache() -> Cache:
+    """Where embeddings of texts are kept, beside the embedded models: `embeddings.sqlite`."""
+    return Cache(cache_dir() / "embeddings.sqlite")
+
+
+@contextmanager
+def if_possible(what: str) -> Iterator[None]:
+    """Where a cache cannot be used, warns that `what` is not kept, instead of raising."""
+    try:
+        yield
+    except SteerError as error:
+        warnings.warn(f"{what} are not kept: {error}", stacklevel=4)
 
 
 def key_of(*parts: Any) -> str:

@@ -23,6 +23,7 @@ from steer.sampling import SeededRows
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
+    from transformers import Cache
 
     from steer.inject.neighbours import RecallNeighbours
     from steer.model import FrozenLM
@@ -38,7 +39,7 @@ class Prepared:
     """A tokenized batch.
 
     Attributes:
-        input_ids, attention_mask: `[batch, pos]`, left-padded.
+        input_ids, attention_mask: `[batch, pos]`, left-padded; right-padded for an encoder.
         further: for each row, its further streams and their token ids.
     """
 
@@ -58,6 +59,12 @@ class Bound(Protocol):
     mixed: bool
     recalling: list[RecallNeighbours]
 
+    def remember(self, cache: Cache, owners: Int[Tensor, " row"]) -> None:
+        """Writes the plan's keys and values into an empty cache, for rows that belong to these rows of the batch."""
+
+    def require_no_gap(self, mask: Int[Tensor, "row pos"], longest: int) -> None:
+        """Raises SteerError if a sliding window that is shorter than a sequence would count padding in its midst."""
+
     def rows_loaded(self, rows: Rows) -> AbstractContextManager[None]:
         """Binds the plan to these rows of the coming forward passes, while the block lasts."""
 
@@ -76,12 +83,17 @@ class Decoding:
         processor: Callable[[Tensor, Tensor], Tensor],
         criteria: Any,
         config: Any,
+        prompts: Tensor,
         kwargs: dict[str, Any],
     ) -> Any:
-        """What a `custom_generate` callable is to do; the arguments are those that transformers hands to it."""
+        """What a `custom_generate` callable is to do; the arguments are those that transformers hands to it.
+
+        `input_ids` are what is continued, one a row. `prompts` is the batch that `generate` was called with, which in
+        an encoder-decoder model is something else.
+        """
         mode = config.get_generation_mode(None)
         copies = max(config.num_beams, config.num_return_sequences)
-        self._validate(mode, input_ids, copies, config)
+        self._validate(mode, input_ids, copies, config, prompts)
         streamer = self.streamer
         if streamer is not None:
             # As `generate` does with a streamer of its own; some take what comes first for the prompt and skip it.
@@ -108,6 +120,8 @@ class Decoding:
                 input_ids = streams.input_ids
                 rows = Rows(owners[streams.owners], streams.attention_mask.sum(1), streams.touched)
                 self.bound.mixed = True
+            if self.plan.key_values is not None and self.plan.key_values.lengths.any():
+                self._remember(kwargs, owners, config)
             binding.enter_context(self.bound.rows_loaded(rows))
             output = method(
                 model,
@@ -120,7 +134,18 @@ class Decoding:
             )
         return output if streams is None else streams.own(output)
 
-    def _validate(self, mode: GenerationMode, input_ids: Tensor, copies: int, config: Any) -> None:
+    def _remember(self, kwargs: dict[str, Any], owners: Tensor, config: Any) -> None:
+        """Fills the cache with the keys and values in front of the prompts."""
+        cache, prepared = kwargs.get("past_key_values"), self.bound.prepared
+        assert prepared is not None
+        if cache is None or getattr(cache, "_is_user_defined", False):
+            raise SteerError(
+                "keys and values stand at the beginning of a cache; leave out use_cache=False and your own"
+            )
+        self.bound.require_no_gap(prepared.attention_mask, config.max_length)
+        self.bound.remember(cache, owners)
+
+    def _validate(self, mode: GenerationMode, input_ids: Tensor, copies: int, config: Any, prompts: Tensor) -> None:
         batch, prepared = self.plan.batch, self.bound.prepared
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH):
             raise SteerError(
@@ -137,7 +162,7 @@ class Decoding:
             )
         if not self.plan.mixes and not self.bound.has_prefix:
             return
-        if prepared is None or not torch.equal(prepared.input_ids.repeat_interleave(copies, 0), input_ids):
+        if prepared is None or not torch.equal(prepared.input_ids, prompts):
             raise SteerError(
                 "prefixes and contexts are part of the prompt: make the batch with steering.prepare(prompts), and pass "
                 "it to generate as it is"

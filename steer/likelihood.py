@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.nn.functional import cross_entropy
 
+from steer.architectures import ONLY_PREFIXES
 from steer.cache import head_key
-from steer.inject import PrefixEdit, ResidualEdit
+from steer.errors import SteerError
+from steer.inject import KeyValueEdit, PrefixEdit, ResidualEdit
+from steer.inject.prefix import with_prompts
+from steer.inject.stream_rows import pad_right
 from steer.read import Kept, Span, by_length
 
 if TYPE_CHECKING:
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from steer.inject.positions import Positions
     from steer.model import FrozenLM
     from steer.sites import Site
+    from steer.steering import Steering
 
 T = TypeVar("T")
 
@@ -37,15 +42,38 @@ def response_losses(
     One row a span; the rows of the edits are the rows of the spans. The first token of a sequence is never predicted,
     and what stands behind a span is not run.
     """
-    prefixes = sum((edit.lengths for edit in edits if isinstance(edit, PrefixEdit)), torch.zeros(len(spans)).long())
-    starts = [max(span.start, 1) + extra for span, extra in zip(spans, prefixes.tolist(), strict=True)]
-    targets = _targets(spans).to(lm.device)
+    edits = with_prompts(edits, [span.prompt or "" for span in spans])
+    prefixes = [edit for edit in edits if isinstance(edit, PrefixEdit | KeyValueEdit)]
+    added = sum((edit.added for edit in prefixes), torch.zeros(len(spans)).long())
+    starts = [max(span.start, 1) + extra for span, extra in zip(spans, added.tolist(), strict=True)]
     with lm.steered(states=[None] * len(spans), edits=edits, prompt_lengths=starts) as steering:
-        logits = last_logits(lm, steering.prepare([span.ids[: span.end] for span in spans]), targets.shape[1] + 1)
+        logits, targets = (_decoded if lm.is_encoder_decoder else _continued)(lm, steering, spans)
     losses = cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets.to(logits.device), ignore_index=_NO_TARGET, reduction="none"
+        logits.float().transpose(1, 2), targets.to(logits.device), ignore_index=_NO_TARGET, reduction="none"
     )
     return losses.sum(1), (targets != _NO_TARGET).sum(1).to(losses)
+
+
+def _continued(
+    lm: FrozenLM, steering: Steering, spans: Sequence[Span]
+) -> tuple[Float[Tensor, "row pos vocab"], Int[Tensor, "row pos"]]:
+    """Logits for the spans' tokens, of a model that reads them after what stands before them; and the tokens."""
+    _require_what_is_before(spans, steering.plan.key_values)
+    targets = _targets(spans).to(lm.device)
+    batch = steering.forward_kwargs(steering.prepare([span.ids[: span.end] for span in spans]))
+    return last_logits(lm, batch, targets.shape[1] + 1)[:, :-1], targets
+
+
+def _decoded(
+    lm: FrozenLM, steering: Steering, spans: Sequence[Span]
+) -> tuple[Float[Tensor, "row pos vocab"], Int[Tensor, "row pos"]]:
+    """The same of a decoder whose encoder reads what stands before the spans."""
+    batch = steering.prepare([span.ids[: span.start] for span in spans])
+    ids, mask = pad_right([span.ids[span.start : span.end] for span in spans], lm.pad_token_id)
+    targets = ids.masked_fill(mask == 0, _NO_TARGET).to(lm.device)
+    model: Any = lm.model
+    shifted = model.prepare_decoder_input_ids_from_labels(targets)
+    return model(**batch, decoder_input_ids=shifted, use_cache=False).logits, targets
 
 
 @torch.enable_grad()
@@ -103,6 +131,18 @@ def response_gradients(
     return gradients, torch.tensor([float(span.end - max(span.start, 1)) for span in spans])
 
 
+def _require_what_is_before(spans: Sequence[Span], given: KeyValueEdit | None) -> None:
+    """Raises SteerError if a text's first token is behind keys and values alone, whose logits nobody computes."""
+    if given is None or not given.bos:
+        return
+    for row, (span, length) in enumerate(zip(spans, given.lengths.tolist(), strict=True)):
+        if length and span.start <= 1:
+            raise SteerError(
+                f"row {row}: the text follows its keys and values at once, and nothing is read that could predict its "
+                "first token; give the text a prompt, or use soft tokens (PrefixEdit)"
+            )
+
+
 def _targets(spans: Sequence[Span]) -> Int[Tensor, "row pos"]:
     """The spans' tokens, on the right: rows are padded on the left, and end where their spans do."""
     width = max(span.end - max(span.start, 1) for span in spans)
@@ -113,11 +153,22 @@ def _targets(spans: Sequence[Span]) -> Int[Tensor, "row pos"]:
     return targets
 
 
-def last_logits(lm: FrozenLM, batch: Mapping[str, Tensor], count: int) -> Float[Tensor, "row pos vocab"]:
-    """Logits at the last `count` positions; the head does not run at the others where the model can leave them out."""
-    arguments: dict[str, Any] = {**batch, "use_cache": False}
+def last_logits(lm: FrozenLM, batch: Mapping[str, Any], count: int) -> Float[Tensor, "row pos vocab"]:
+    """Logits at the last `count` positions; the head does not run at the others where the model can leave them out.
+
+    Args:
+        lm: the model.
+        batch: `input_ids` and `attention_mask`; with `position_ids` if `past_key_values` stand in front of them.
+        count: of positions.
+
+    Raises:
+        SteerError: a decoder that has an encoder does not continue what that reads.
+    """
+    if lm.is_encoder_decoder:
+        raise SteerError(f"responses behind contexts: {ONLY_PREFIXES}")
+    arguments: dict[str, Any] = {**batch, "use_cache": "past_key_values" in batch}
     if lm.attachment.architecture.takes_position_ids:
-        arguments["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        arguments.setdefault("position_ids", (batch["attention_mask"].cumsum(1) - 1).clamp(min=0))
     if "logits_to_keep" in inspect.signature(lm.model.forward).parameters:
         arguments["logits_to_keep"] = count
     return lm.model(**arguments).logits[:, -count:]

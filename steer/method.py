@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from steer.history import History
     from steer.inject import Edit
     from steer.model import FrozenLM
@@ -22,10 +24,12 @@ class Method(ABC):
     Attributes:
         name: under which states of this method are stored.
         version: of the stored form; raise it when old states would be read wrongly.
+        trainable: whether there is a module that `steer.train.train_method` can train: `module` and `artifact_of`.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    trainable: ClassVar[bool] = False
 
     # What `train` learned, or `use` was given.
     artifact: Artifact | None = None
@@ -47,6 +51,19 @@ class Method(ABC):
             on_progress: told from time to time what share of the work is done.
         """
         return None
+
+    def module(self, lm: FrozenLM, histories: Sequence[History]) -> nn.Module:
+        """The weights that users share, not yet trained, with `edits(examples)`: see `steer.train.trainer.MakesEdits`.
+
+        Args:
+            lm: the model.
+            histories: what may be looked at, without what is set aside for validation.
+        """
+        raise NotImplementedError(f"{self.name} has no module to train")
+
+    def artifact_of(self, lm: FrozenLM, module: nn.Module) -> Artifact:
+        """What is stored of a trained module."""
+        raise NotImplementedError(f"{self.name} has no module to train")
 
     def use(self, lm: FrozenLM, artifact: Artifact) -> None:
         """Takes what was trained before, instead of `train`; a bank keeps it (`bank.put_artifact`, `bank.artifact`).

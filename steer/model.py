@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from uuid import uuid4
 
 import torch
 from torch import nn
-from transformers import StopStringCriteria
+from transformers import DynamicCache, StopStringCriteria
 
-from steer.architectures import architecture_of, find_decoder
+from steer.architectures import ONLY_PREFIXES, architecture_of, find_decoder
 from steer.attach import Attachment
 from steer.cache import key_of
 from steer.embedded import EMBEDDED, resolve
 from steer.errors import SteerError
 from steer.fingerprint import Fingerprints
-from steer.inject import Edit, StreamEdit
+from steer.inject import Edit, Place, StreamEdit
 from steer.interop import unwrap
 from steer.plan import Amounts, Plan, RowStates, edits_of, kinds_of, rows_of
 from steer.sites import Site
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
 
     from steer.bank import Bank
 
-# A text, chat messages, or token ids that are used as they are.
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+# A text, chat messages, or token ids that are used as they are. Text, a message's content and token ids may come in
+# pieces, with places for soft tokens between them.
+Prompt = str | Sequence[str | Place] | Sequence[Mapping[str, Any]] | Sequence[int | Place]
 # A row's states: none, one, a weighted sum, several of these, or several by name.
 States = UserState | Blend | Sequence[UserState | Blend] | RowStates | None
 
@@ -43,7 +46,7 @@ _WRAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FrozenLM]] = weakref.
 
 
 class FrozenLM:
-    """A frozen causal language model with places to read and to steer.
+    """A frozen language model with places to read and to steer.
 
     Made by `steer.load` or `steer.wrap`. While it is open the model is in evaluation mode and its parameters require no
     gradient; `close()` leaves the model as it was.
@@ -52,7 +55,8 @@ class FrozenLM:
         model: the transformers model, usable as ever.
         tokenizer: its tokenizer; None if the model is only fed token ids.
         width: of the residual stream.
-        n_layers: number of blocks.
+        n_layers: number of blocks that have sites; 0 in an encoder-decoder model.
+        is_encoder_decoder: whether an encoder reads the prompts; soft tokens are all that can be put into these then.
     """
 
     def __init__(
@@ -68,7 +72,8 @@ class FrozenLM:
             raise SteerError("this model is wrapped already; use that FrozenLM, or close() it first")
         self._text = cast("PreTrainedModel", decoder.get_submodule(path))
         self._config = self._text.config
-        self._fingerprints = Fingerprints(self._text)
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self._fingerprints = Fingerprints(model if self.is_encoder_decoder else self._text)
         self.width = cast(int, self._config.hidden_size)
         self.operators = Operators(prefix_start=1 if self._adds_bos else 0)
         self.attachment = Attachment(model, decoder, architecture_of(self._config).inside(path))
@@ -150,6 +155,27 @@ class FrozenLM:
         # Where the layers' kinds are not told, a window is meant for all of them.
         return getattr(self._config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
 
+    @cached_property
+    def key_value_shape(self) -> tuple[int, int, int]:
+        """Of what a layer keeps of a token: heads, width of their keys, and of their values. Seen in a forward pass.
+
+        Raises:
+            SteerError: the layers differ in it, or there is an encoder, which keeps nothing.
+        """
+        if self.is_encoder_decoder:
+            raise SteerError(f"keys and values: {ONLY_PREFIXES}")
+        cache = DynamicCache()
+        with torch.no_grad():
+            self.attachment.decoder(
+                input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=cache, use_cache=True
+            )
+        shapes = {
+            (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cast(Any, cache).layers
+        }
+        if len(shapes) != 1:
+            raise SteerError("this model's layers keep different things of a token; prefixes must be soft tokens here")
+        return shapes.pop()
+
     @property
     def fingerprint(self) -> Fingerprint:
         """Architecture and sampled weights, independent of dtype and device.
@@ -185,6 +211,14 @@ class FrozenLM:
         return self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
 
     @property
+    def _special_ids(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts in front of a text and behind it."""
+        assert self.tokenizer is not None
+        whole, bare = (self.tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+        start = whole.index(bare[0])
+        return whole[:start], whole[start + len(bare) :]
+
+    @property
     def window(self) -> int | None:
         """How many tokens the model was made to read; None where it is not told."""
         return getattr(self._config, "max_position_embeddings", None)
@@ -206,7 +240,7 @@ class FrozenLM:
         """Token ids of a prompt.
 
         Args:
-            prompt: a text, chat messages, or token ids.
+            prompt: a text, chat messages, or token ids. Nothing stands at the places in it.
             context: goes in front of the last user message, joined by one space (METHODS §1.3); in front of the first
                 text in a message of several parts.
             system: the system message, in place of one that there is.
@@ -214,25 +248,39 @@ class FrozenLM:
                 after it; if None, whenever the tokenizer has a template.
 
         Raises:
-            SteerError: the prompt is empty, or the tokenizer cannot do what is asked.
+            SteerError: the prompt is empty, has a place twice, or the tokenizer cannot do what is asked.
         """
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
+        return self.encode_with_places(prompt, context=context, system=system, chat=chat)[0]
+
+    def encode_with_places(
+        self, prompt: Prompt, *, context: str | None = None, system: str | None = None, chat: bool | None = None
+    ) -> tuple[list[int], dict[str, int]]:
+        """Like `encode`, with the places of the prompt: how many of the tokens stand before each, in order.
+
+        The pieces of a text between places are tokenized apart.
+        """
+        if _is_ids(prompt):
             if context is not None or system is not None:
                 raise SteerError("a context needs a prompt of text; this one is token ids")
-            return list(prompt)  # type: ignore[arg-type]
+            return _joined([[piece] if isinstance(piece, int) else piece for piece in prompt])
         if not prompt:
             raise SteerError("a prompt is empty")
         if self.tokenizer is None:
             raise SteerError("this model was wrapped without a tokenizer: prompts must be token ids")
         has_template = self.tokenizer.chat_template is not None
-        if isinstance(prompt, str) and not (has_template if chat is None else chat):
+        marks = Marks()
+        is_text = isinstance(prompt, str) or not isinstance(prompt[0], Mapping)
+        if is_text and not (has_template if chat is None else chat):
             if system is not None:
                 raise SteerError("a system message needs a chat template")
-            return self.tokenizer(prompt if context is None else f"{context} {prompt}").input_ids
+            text = marks.text(prompt)
+            return self._tokens(text if context is None else f"{context} {text}", marks)
         if not has_template:
             raise SteerError("the tokenizer has no chat template; pass texts, and chat=False")
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages: list[dict[str, Any]] = [dict(turn) for turn in turns]  # type: ignore[arg-type]
+        turns = cast("Sequence[Mapping[str, Any]]", [{"role": "user", "content": prompt}] if is_text else prompt)
+        messages: list[dict[str, Any]] = [
+            {**turn, "content": marks.text(turn["content"])} if "content" in turn else dict(turn) for turn in turns
+        ]
         if context is not None:
             last = next((m for m in reversed(messages) if m["role"] == "user"), None)
             if last is None:
@@ -240,11 +288,46 @@ class FrozenLM:
             last["content"] = _behind(context, last["content"])
         if system is not None:
             messages = [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
+        if marks.places:
+            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return self._pieces(marks.split(cast(str, rendered)))
         # transformers 5 returns a mapping; its type hints also allow for the ids alone.
         encoded = cast(
             "Mapping[str, list[int]]", self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         )
-        return encoded["input_ids"]
+        return encoded["input_ids"], {}
+
+    def _tokens(self, text: str, marks: Marks) -> tuple[list[int], dict[str, int]]:
+        """Token ids of a text, with special tokens, and its places."""
+        assert self.tokenizer is not None
+        if not marks.places:
+            return self.tokenizer(text).input_ids, {}
+        front, behind = self._special_ids
+        return self._pieces([front, *marks.split(text), behind])
+
+    def _pieces(self, pieces: Sequence[str | list[int] | Place]) -> tuple[list[int], dict[str, int]]:
+        """Token ids of texts that already have their special tokens, of token ids and places."""
+        tokenizer = cast("PreTrainedTokenizerBase", self.tokenizer)
+        return _joined(
+            [
+                tokenizer(piece, add_special_tokens=False).input_ids if isinstance(piece, str) else piece
+                for piece in pieces
+            ]
+        )
+
+    def text_of(self, prompt: Prompt) -> str:
+        """What a prompt asks, without template: its text, that of the last user message, or that of its token ids."""
+        if _is_ids(prompt):
+            ids = [piece for piece in prompt if isinstance(piece, int)]
+            return "" if self.tokenizer is None else cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            prompt = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")  # type: ignore[index]
+        if isinstance(prompt, str):
+            return prompt
+        parts: list[Any] = [part for part in prompt if not isinstance(part, Place)]
+        if all(isinstance(part, str) for part in parts):
+            return "".join(parts)
+        return " ".join(part["text"] for part in parts if part.get("type") == "text")
 
     # Steering.
 
@@ -390,7 +473,9 @@ class FrozenLM:
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         ends = generate.get("eos_token_id", (config or self.model.generation_config).eos_token_id)
         ends = {ends} if isinstance(ends, int) else set(ends or [])
-        return [_until(row, ends) for row in sequences[:, batch["input_ids"].shape[1] :].tolist()]
+        # A decoder that has an encoder starts from one token of its own, and not from the prompt.
+        start = 1 if self.is_encoder_decoder else batch["input_ids"].shape[1]
+        return [_until(row, ends) for row in sequences[:, start:].tolist()]
 
     def generate(self, prompts: Sequence[Prompt], *args: Any, **kwargs: Any) -> list[str]:
         """Answers a batch of prompts, each row in the manner of its own user.
@@ -428,6 +513,53 @@ def _warn_of_equal_streams(plan: Plan, rows: Sequence[RowStates], edits: Sequenc
             )
 
 
+class Marks:
+    """Stands for the places in texts while these go through a template: by what is in nobody's text.
+
+    Attributes:
+        places: those that were met, by their marks.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[str, Place] = {}
+
+    def text(self, content: Any) -> Any:
+        """A text in one piece, with marks where it has places; parts of other kinds as they are."""
+        if not content or isinstance(content, str) or not all(isinstance(piece, str | Place) for piece in content):
+            return content
+        return "".join(piece if isinstance(piece, str) else self._mark(piece) for piece in content)
+
+    def split(self, text: str) -> list[str | Place]:
+        """The pieces of a text with marks, without empty ones."""
+        if not self.places:
+            return [text]
+        pieces = re.split("(" + "|".join(self.places) + ")", text)
+        return [self.places.get(piece, piece) for piece in pieces if piece]
+
+    def _mark(self, place: Place) -> str:
+        mark = uuid4().hex
+        self.places[mark] = place
+        return mark
+
+
+def _is_ids(prompt: Prompt) -> TypeGuard[Sequence[int | Place]]:
+    return not isinstance(prompt, str) and any(isinstance(piece, int) for piece in prompt)
+
+
+def _joined(pieces: Sequence[list[int] | Place]) -> tuple[list[int], dict[str, int]]:
+    """Token ids in one piece, and how many of them stand before each place."""
+    ids: list[int] = []
+    places: dict[str, int] = {}
+    for piece in pieces:
+        if isinstance(piece, Place):
+            if piece.name in places:
+                raise SteerError(f"a prompt has the place {piece.name!r} twice; its soft tokens stand in one")
+            places[piece.name] = len(ids)
+        else:
+            ids += piece
+    return ids, places
+
+
 def _behind(context: str, content: str | Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
     """The content of a message with a context in front of its text."""
     if isinstance(content, str):
@@ -449,10 +581,11 @@ def wrap(
     """Prepares a transformers model for reading and steering.
 
     Args:
-        model: a causal language model that was not compiled yet; wrap first, compile after. Also the model in a
-            TransformerBridge or in an nnsight model.
+        model: a causal language model, or an encoder-decoder one to generate with, that was not compiled yet; wrap
+            first, compile after. Also the model in a TransformerBridge or in an nnsight model.
         tokenizer: its tokenizer; nnsight's if None. Without one, prompts are token ids.
-        sites: where to place hooks; `embed` and all `resid_post` if None. More can be declared until it is compiled.
+        sites: where to place hooks; `embed` and all `resid_post` if None. More can be declared until it is compiled. An
+            encoder-decoder model has `embed` alone, which is what its encoder reads.
 
     Raises:
         SteerError: the architecture is not described, or the model was compiled or wrapped before.
@@ -469,13 +602,14 @@ def load(name: str, *, device: str | torch.device | None = None, dtype: torch.dt
         device: "cuda" if there is one, else "cpu", when None.
         dtype: of the weights; as they are stored when None.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     if name in EMBEDDED and EMBEDDED[name].kind != "causal-lm":
         raise SteerError(f"{name} is a {EMBEDDED[name].kind}, not a language model that could be steered")
     path = resolve(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(path).is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_pretrained(path, dtype=dtype or "auto")
     cast(nn.Module, model).to(device)
     return wrap(model, AutoTokenizer.from_pretrained(path))
 

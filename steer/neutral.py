@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steer.cache import answers_cache, head_key, key_of, model_key
+from steer.cache import answers_cache, head_key, if_possible, key_of, model_key
 from steer.errors import SteerError
 from steer.history import Record
 
@@ -81,7 +79,7 @@ def own_answers(lm: FrozenLM, prompts: Sequence[str], tokens: int) -> list[str]:
     model = key_of("answer", 1, model_key(lm), head_key(lm), settings, tokens)
     keys = [key_of(model, own) for own in ids]
     cache, known = answers_cache(), dict[str, str]()
-    with _if_possible():
+    with if_possible("the model's answers"):
         known = {key: value.decode() for key, value in cache.get(keys).items()}
     # Each prompt once, and prompts of like length together.
     missing = sorted({key: own for key, own in zip(keys, ids, strict=True) if key not in known}.items(), key=_length)
@@ -90,18 +88,9 @@ def own_answers(lm: FrozenLM, prompts: Sequence[str], tokens: int) -> list[str]:
         answers = lm.generate(list(some.values()), max_new_tokens=tokens, do_sample=False)
         new = dict(zip(some, answers, strict=True))
         known |= new
-        with _if_possible():
+        with if_possible("the model's answers"):
             cache.put({key: answer.encode() for key, answer in new.items()})
     return [known[key] for key in keys]
-
-
-@contextmanager
-def _if_possible() -> Iterator[None]:
-    """Warns where the cache cannot be used, instead of raising."""
-    try:
-        yield
-    except SteerError as error:
-        warnings.warn(f"the model's answers are not kept: {error}", stacklevel=4)
 
 
 def _length(item: tuple[str, list[int]]) -> int:

@@ -10,15 +10,28 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from steer.architectures import ONLY_PREFIXES
 from steer.companion import require_same_vocabulary
 from steer.errors import SteerError, UnknownUser
-from steer.inject import Condition, Edit, MemoryEdit, NeighbourEdit, PrefixEdit, SiteEdit, StreamEdit
+from steer.inject import (
+    Condition,
+    Edit,
+    KeyValueEdit,
+    MemoryEdit,
+    NeighbourEdit,
+    PrefixEdit,
+    PromptPrefix,
+    SiteEdit,
+    StreamEdit,
+)
+from steer.inject.prefix import runs_of, with_prompts
 from steer.inject.residual import in_turn
 from steer.method import METHODS, method_of
 from steer.sites import Site
 from steer.state import Artifact, Blend, Provenance, UserState
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
     from torch import Tensor
 
     from steer.bank import Bank
@@ -35,7 +48,11 @@ Amounts = Amount | Mapping[str, Amount]
 
 @dataclass(frozen=True)
 class Plan:
-    """The edits of one batch, in order: streams, prefix, then residual and memory by block, neighbours last."""
+    """The edits of one batch, in order: streams, prefixes, then residual and memory by block, neighbours last.
+
+    A prefix that depends on prompts is zeros until there are some; `prefixes` has its parts, and `runs` says how many
+    of each row's soft tokens stand at which place.
+    """
 
     batch: int
     residual: tuple[SiteEdit, ...] = ()
@@ -44,6 +61,8 @@ class Plan:
     streams: StreamEdit | None = None
     neighbours: tuple[NeighbourEdit, ...] = ()
     models: Mapping[str, FrozenLM] = field(default_factory=dict)
+    prefixes: tuple[PrefixEdit | PromptPrefix, ...] = ()
+    key_values: KeyValueEdit | None = None
 
     @classmethod
     def of(cls, lm: FrozenLM, edits: Iterable[Edit], batch: int, models: Mapping[str, FrozenLM] | None = None) -> Plan:
@@ -57,14 +76,21 @@ class Plan:
 
         Raises:
             SteerError: an edit has another number of rows or another width than the batch and the model, its site does
-                not exist, two edits contrast the same row, or a stream's model is not there or has another vocabulary.
+                not exist, two edits contrast the same row or give it keys and values, these are combined with what
+                reads the whole prompt, a stream's model is not there or has another vocabulary, or something other
+                than a prefix of soft tokens is to steer an encoder-decoder model.
         """
         edits = list(edits)
+        for edit in edits:
+            if lm.is_encoder_decoder and not isinstance(edit, PrefixEdit | PromptPrefix):
+                raise SteerError(f"{type(edit).__name__}: {ONLY_PREFIXES}")
         residual = tuple(in_turn(e.at(e.site.canonical()) for e in edits if isinstance(e, SiteEdit)))
         memory = tuple(replace(e, site=lm.memory_site(e.site)) for e in edits if isinstance(e, MemoryEdit))
         neighbours = tuple(replace(e, site=e.site.canonical()) for e in edits if isinstance(e, NeighbourEdit))
-        prefixes = [e for e in edits if isinstance(e, PrefixEdit)]
+        parts = tuple(e for e in edits if isinstance(e, PrefixEdit | PromptPrefix))
+        prefixes = [part.blank if isinstance(part, PromptPrefix) else part for part in parts]
         streams = [e for e in edits if isinstance(e, StreamEdit)]
+        key_values = [e for e in edits if isinstance(e, KeyValueEdit)]
         for edit in residual:
             for what, values in edit.states.items():
                 _check(f"{what} for {edit.site}", values, batch, lm.width_at(edit.site))
@@ -80,12 +106,14 @@ class Plan:
             _check(f"outputs of the cross-attention at {attend.site}", attend.layer.out.weight.T, None, lm.width)
         for recalled in neighbours:
             _check(f"keys for {recalled.site}", recalled.keys, batch, lm.width_at(recalled.site))
+        for given in key_values:
+            _require_keys_and_values(lm, given, batch)
         for stream in streams:
             if len(stream.mixtures) != batch:
                 raise SteerError(f"{len(stream.mixtures)} mixtures for a batch of {batch}")
             for name in sorted(stream.models):
                 _require_model(lm, name, models or {})
-        return cls(
+        plan = cls(
             batch=batch,
             residual=residual,
             prefix=PrefixEdit.concatenate(prefixes) if prefixes else None,
@@ -93,7 +121,46 @@ class Plan:
             streams=StreamEdit.merge(streams) if streams else None,
             neighbours=neighbours,
             models=models or {},
+            prefixes=parts,
+            key_values=KeyValueEdit.merge(key_values) if key_values else None,
         )
+        plan._require_what_goes_together()
+        return plan
+
+    def _require_what_goes_together(self) -> None:
+        if self.mixes and self.key_values is not None:
+            raise SteerError(
+                "the streams of a mixture are read from their first token on, and keys and values stand in front of "
+                "it; give these rows the same prefix as soft tokens (PrefixEdit)"
+            )
+        if self.mixes and set(self.runs) - {None}:
+            raise SteerError(
+                "soft tokens at places in a prompt cannot be combined with contrasted streams yet; let them stand in "
+                "front, without a place"
+            )
+        if self.conditions and self.key_values is not None:
+            raise SteerError(
+                "a condition is decided from all of the prompt, and nobody reads the part of it that is keys and "
+                "values; give these rows the same prefix as soft tokens (PrefixEdit)"
+            )
+
+    def of_prompts(self, prompts: Sequence[str]) -> Plan:
+        """The same plan with the prefixes that depend on what each row is asked.
+
+        Raises:
+            SteerError: they hold values that are not finite.
+        """
+        if not any(isinstance(part, PromptPrefix) for part in self.prefixes):
+            return self
+        told = with_prompts(self.prefixes, prompts)
+        prefix = PrefixEdit.concatenate([part for part in told if isinstance(part, PrefixEdit)])
+        _check("prefixes", prefix.embeddings, self.batch, prefix.embeddings.shape[-1])
+        return replace(self, prefix=prefix)
+
+    @property
+    def runs(self) -> dict[str | None, Int[Tensor, " batch"]]:
+        """How many soft tokens each row has at each place of its prompt, in the order of `prefix`; None is in front."""
+        return runs_of(self.prefixes)
 
     @property
     def mixes(self) -> bool:
@@ -112,6 +179,7 @@ class Plan:
         tensors = [tensor for edit in self.residual for tensor in edit.tensors]
         tensors += [t for edit in self.memory for t in (edit.memory, *edit.layer.parameters())]
         tensors += [] if self.prefix is None else [self.prefix.embeddings]
+        tensors += [] if self.key_values is None else [self.key_values.keys, self.key_values.values]
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     @property
@@ -135,7 +203,20 @@ def _require_model(lm: FrozenLM, name: str, models: Mapping[str, FrozenLM]) -> N
         )
     if models[name] is lm:
         raise SteerError(f"the model {name!r} is the steered one itself; its streams need no name")
+    if models[name].is_encoder_decoder:
+        raise SteerError(f"the model {name!r} has an encoder; streams are continued by models without one")
     require_same_vocabulary(lm, models[name], name)
+
+
+def _require_keys_and_values(lm: FrozenLM, edit: KeyValueEdit, batch: int) -> None:
+    heads, key_width, value_width = lm.key_value_shape
+    _check("keys", edit.keys, batch, key_width)
+    _check("values", edit.values, batch, value_width)
+    layers, own = edit.keys.shape[1:3]
+    if (layers, own) != (lm.n_layers, heads):
+        raise SteerError(
+            f"keys and values of {layers} layers with {own} heads; this model has {lm.n_layers} layers with {heads}"
+        )
 
 
 def _check(what: str, values: Tensor, rows: int | None, width: int) -> None:

@@ -99,12 +99,22 @@ def response_span(lm: FrozenLM, response: str, prompt: str | None = None, *, max
     No end-of-text token is appended: on one side of a pair only, it would be all that the pair differs in. Of
     `max_tokens`, a prompt gets its last ones, up to half of them, and a response its first ones.
 
+    In an encoder-decoder model a span is the decoder's part, behind the encoder's: a response as the tokenizer makes a
+    target of it, which for T5 and BART ends with an end-of-sequence token, as it does in their training. That token
+    counts as any other. A bare text stands behind what the tokenizer makes of no text at all.
+
     Raises:
-        SteerError: nothing of the response is left.
+        SteerError: nothing of the response is left, or of the prompt that an encoder is to read.
     """
     if lm.tokenizer is None:
         raise SteerError("this model was wrapped without a tokenizer and cannot read texts")
-    if prompt is None:
+    if lm.is_encoder_decoder:
+        head = (lm.tokenizer("").input_ids if prompt is None else lm.encode(prompt))[-(max_tokens // 2) :]
+        if not head:
+            raise SteerError("there is no prompt, and the encoder must read something")
+        ids = (head + lm.tokenizer(text_target=response).input_ids)[:max_tokens]
+        start = len(head)
+    elif prompt is None:
         ids = lm.tokenizer(response).input_ids[:max_tokens]
         start = 0
     else:

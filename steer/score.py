@@ -16,7 +16,8 @@ from torch import Tensor
 from steer.branches import Branches
 from steer.errors import SteerError
 from steer.history import History, Record
-from steer.inject import Condition, Edit, PrefixEdit, StreamEdit
+from steer.inject import Condition, Edit, KeyValueEdit, PrefixEdit, StreamEdit
+from steer.inject.prefix import with_prompts
 from steer.likelihood import response_losses
 from steer.mixed import heads_of, mixed_losses
 from steer.plan import Amount, Plan, edits_of
@@ -55,10 +56,11 @@ def row_losses(
         SteerError: some edits mix streams and others do not, there is no prompt that a context could stand before, or
             neighbours are to be mixed in.
     """
+    edits = with_prompts(edits, [span.prompt or ""] * rows)
     plan = _plan_of(lm, edits, rows, models)
     if plan.mixes and plan.streams is not None:
         return mixed_losses(lm, span, plan.streams.mixtures, models=models, batch_tokens=batch_tokens)
-    if any(isinstance(edit, PrefixEdit) for edit in edits):
+    if lm.is_encoder_decoder or any(isinstance(edit, PrefixEdit | KeyValueEdit) for edit in edits):
         return _prefixed_losses(lm, span, edits, rows, batch_tokens)
     branches = Branches(lm, plan)
     branches.open()
@@ -90,8 +92,9 @@ def _plan_of(lm: FrozenLM, edits: Sequence[Edit], rows: int, models: Mapping[str
 def _prefixed_losses(
     lm: FrozenLM, span: Span, edits: Sequence[Edit], rows: int, batch_tokens: int
 ) -> Float[Tensor, " row"]:
-    """The same where a prefix makes another text of each row, so that they share nothing."""
-    longest = span.end + sum(int(edit.lengths.max()) for edit in edits if isinstance(edit, PrefixEdit))
+    """The same where rows share nothing: a prefix makes another text of each, or they have an encoder to read them."""
+    prefixes = [edit for edit in edits if isinstance(edit, PrefixEdit | KeyValueEdit)]
+    longest = span.end + sum(int(edit.lengths.max()) for edit in prefixes)
     parts = torch.arange(rows).split(max(batch_tokens // longest, 1))
     losses = [response_losses(lm, [span] * len(part), [_only(part, edit) for edit in edits])[0].cpu() for part in parts]
     return torch.cat(losses)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import DynamicCache
 
 from steer.attach import Slot
 from steer.decoding import Decoding, Prepared
 from steer.errors import SteerError
 from steer.inject.condition import ConditionedGate, Decide, Decision
+from steer.inject.key_values import KeyValueEdit
 from steer.inject.memory import AttendToMemory
 from steer.inject.neighbours import RecallNeighbours
 from steer.inject.positions import Gate, MarkedGate, NamedGate, Positions
 from steer.inject.prefix import OverwriteEmbeddings
 from steer.inject.residual import AddVectors, EditStates, SiteEdit, operator_of
 from steer.inject.rows import Rows
-from steer.inject.stream_rows import pad_left
+from steer.inject.stream_rows import pad_behind, pad_left, pad_right
 from steer.inject.streams import Stream
 from steer.plan import Plan
 from steer.read import require_room
@@ -28,6 +30,7 @@ from steer.sites import Site
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
+    from transformers import Cache
 
     from steer.attach import Operator
     from steer.model import FrozenLM, Prompt
@@ -68,9 +71,10 @@ class Steering:
         plan: what is bound.
         owners: the batch's rows, each of which belongs to itself.
         prepared: the batch as `prepare` tokenized it.
-        has_prefix: whether some row has a prefix.
+        has_prefix: whether some row has a prefix, of soft tokens or of keys and values.
         mixed: whether the plan's streams have taken part in a generation; True where there are none.
         recalling: the plan's neighbour edits at work.
+        remembered: whether the plan's keys and values have taken part in a forward pass; True where there are none.
     """
 
     def __init__(self, lm: FrozenLM, plan: Plan, prompt_lengths: Sequence[int] | None = None) -> None:
@@ -84,7 +88,9 @@ class Steering:
         # Autograd keeps what a step computed until its backward pass, so training does not reuse buffers.
         self._pool = Operators(lm.operators.overwriting.start) if plan.trains else lm.operators
         self.mixed = not plan.mixes
-        self.has_prefix = plan.prefix is not None and bool(plan.prefix.lengths.any())
+        self.has_prefix = any(edit is not None and bool(edit.lengths.any()) for edit in (plan.prefix, plan.key_values))
+        self.remembered = plan.key_values is None or not plan.key_values.lengths.any()
+        self._starts = self._starts_in_front()
         if prompt_lengths is not None and len(prompt_lengths) != plan.batch:
             raise SteerError(f"{len(prompt_lengths)} prompt lengths for a batch of {plan.batch}")
 
@@ -205,7 +211,7 @@ class Steering:
         plan = self.plan
         loaded, self._rows = self._rows, rows
         # Not asked for in `begin`, as compiled code would guard on whether there is a prefix in the batch.
-        self._unplaced = self.has_prefix and rows.prompt_lengths is None
+        self._unplaced = self.has_prefix and (rows.prompt_lengths is None or self._starts is None)
         for gate in self._gates.values():
             gate.load(rows)
         for deciding, condition in zip(self._deciding, plan.conditions, strict=True):
@@ -220,14 +226,19 @@ class Steering:
         for editing, edits in self._editing.values():
             editing.load(edits, rows, lm.dtype, lm.device_at(edits[0].site))
         if plan.prefix is not None:
-            self._pool.overwriting.load(plan.prefix, rows, lm.dtype, lm.device_at(Site("embed")))
+            counts = torch.stack([*plan.runs.values()], 1)
+            starts = torch.zeros_like(counts) if self._starts is None else self._starts
+            self._pool.overwriting.load(plan.prefix, starts, counts, rows, lm.dtype, lm.device_at(Site("embed")))
         for attend, operator in zip(plan.memory, self._attending, strict=True):
             operator.load(attend, rows, lm.device_at(attend.site))
         for recalled, recalling in zip(plan.neighbours, self.recalling, strict=True):
             recalling.load(recalled, rows, lm.device_at(recalled.site))
 
     def _plain_rows(self) -> Rows:
-        lengths = self._given_lengths
+        lengths: Any = self._given_lengths
+        if self.lm.is_encoder_decoder and self.prepared is not None:
+            # `generate` runs the encoder before it hands over to the decoding.
+            lengths = self.prepared.attention_mask.sum(1)
         return Rows(self.owners, None if lengths is None else torch.as_tensor(lengths, device=self.lm.device))
 
     def _report_idle(self) -> None:
@@ -238,6 +249,8 @@ class Steering:
         idle += ["the neighbours" for operator in self.recalling if not (operator.fired and operator.used)]
         if self.plan.prefix is not None and not self._pool.overwriting.fired:
             idle.append("the prefix")
+        if not self.remembered:
+            idle.append("the prefix of keys and values")
         if not self.mixed:
             idle.append("the contrasted streams")
         if idle:
@@ -254,12 +267,17 @@ class Steering:
             from the forward pass of the model, so the model must be the one that is steered.
 
         Raises:
-            SteerError: the plan contrasts streams or mixes neighbours in: ways of decoding, not edits at a site.
+            SteerError: the plan contrasts streams, mixes neighbours in or has keys and values: these are no edits at a
+                site.
         """
         if self.plan.mixes:
             raise SteerError("contrasted streams need steer's own generation; hand over a plan without a StreamEdit")
         if self.plan.neighbours:
             raise SteerError("neighbours need steer's own generation; hand over a plan without a NeighbourEdit")
+        if self.plan.key_values is not None:
+            raise SteerError(
+                "keys and values stand in a cache, not at a site; hand over soft tokens (PrefixEdit) instead"
+            )
         attachment = self.lm.attachment
         attachment.install(dict.fromkeys(self._working, ()))
         return {
@@ -319,7 +337,9 @@ class Steering:
     # Generation.
 
     def prepare(self, prompts: Sequence[Prompt], *, chat: bool | None = None) -> dict[str, Tensor]:
-        """Tokenizes a batch, with contexts and placeholders where the plan wants them, left-padded.
+        """Tokenizes a batch, with contexts and placeholders where the plan wants them.
+
+        It is padded on the left, and for an encoder on the right: nothing follows there.
 
         Args:
             prompts: texts or lists of chat messages, one a row.
@@ -330,31 +350,131 @@ class Steering:
         """
         if len(prompts) != self.plan.batch:
             raise SteerError(f"{len(prompts)} prompts for a batch of {self.plan.batch}")
+        told = self.plan.of_prompts([self.lm.text_of(prompt) for prompt in prompts])
+        if told is not self.plan:
+            self.plan = told
+            # What is loaded are zeros, or the soft tokens of earlier prompts.
+            self._rows = None
+            self._load(self._plain_rows())
         mixtures = [None] * self.plan.batch if self.plan.streams is None else self.plan.streams.mixtures
-        rows, further = [], []
+        rows, starts, further = [], [], []
         for row, (prompt, mixture) in enumerate(zip(prompts, mixtures, strict=True)):
             own, *others = (Stream(1.0),) if mixture is None else mixture.streams
-            rows.append(self._encode(row, prompt, own, chat, mixture is None or mixture.touches(0)))
-            further.append([(s, self._encode(row, prompt, s, chat, mixture.touches(1))) for s in others if mixture])
-        ids, mask = pad_left(rows, self.lm.pad_token_id)
-        self.prepared = Prepared(ids.to(self.lm.device), mask.to(self.lm.device), further)
+            tokens, begun = self._encode(row, prompt, own, chat, mixture is None or mixture.touches(0))
+            rows.append(tokens)
+            starts.append(begun)
+            further.append([(s, self._encode(row, prompt, s, chat, mixture.touches(1))[0]) for s in others if mixture])
+        padded, mask = self._padded(rows)
+        self.prepared = Prepared(padded.to(self.lm.device), mask.to(self.lm.device), further)
+        self._place(starts)
         return {"input_ids": self.prepared.input_ids, "attention_mask": self.prepared.attention_mask}
 
-    def _encode(self, row: int, prompt: Prompt, stream: Stream, chat: bool | None, touched: bool) -> list[int]:
-        ids = self.lm.encode(prompt, context=stream.context, system=stream.system, chat=chat)
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        pad, given = self.lm.pad_token_id, self.plan.key_values
+        if self.lm.is_encoder_decoder:
+            return pad_right(rows, pad)
+        return pad_left(rows, pad) if given is None else pad_behind(rows, given.lengths.tolist(), pad)
+
+    def _encode(
+        self, row: int, prompt: Prompt, stream: Stream, chat: bool | None, touched: bool
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of a row in a stream, with placeholders, and the position of each of its runs of soft tokens."""
+        ids, places = self.lm.encode_with_places(prompt, context=stream.context, system=stream.system, chat=chat)
         if stream.context or stream.system:
             what, remedy = "with its context the prompt has", "shorten the context"
             require_room(self._model_of(stream), len(ids), f"row {row}: {what}", name=stream.model, remedy=remedy)
         # Placeholders are no text to another model.
-        return self._with_prefix(row, ids) if touched and stream.model is None else ids
+        return self._with_prefixes(row, ids, places) if touched and stream.model is None else (ids, [])
 
     def _model_of(self, stream: Stream) -> FrozenLM:
         return self.lm if stream.model is None else self.plan.models[stream.model]
 
-    def _with_prefix(self, row: int, ids: list[int]) -> list[int]:
-        prefix, start = self.plan.prefix, self._pool.overwriting.start
-        slots = 0 if prefix is None else int(prefix.lengths[row])
-        return ids[:start] + [self.lm.placeholder_id] * slots + ids[start:]
+    def _with_prefixes(self, row: int, ids: list[int], places: dict[str, int]) -> tuple[list[int], list[int]]:
+        """Puts placeholders where soft tokens, keys and values go."""
+        placeholder, given = self.lm.placeholder_id, self.plan.key_values
+        # How many of the tokens are among the keys and values, and how many places these take up besides.
+        inside, added = (0, 0) if given is None else self._inside(row, ids, given)
+        counts = {place: int(lengths[row]) for place, lengths in self.plan.runs.items()}
+        if missing := [place for place, count in counts.items() if count and place is not None and place not in places]:
+            raise SteerError(
+                f"row {row} has soft tokens for the place {missing[0]!r}, and its prompt has no such place; put "
+                f"Place({missing[0]!r}) between the pieces of it"
+            )
+        found: dict[str | None, int] = {None: self._pool.overwriting.start}
+        found.update(places)
+        out, done = [*ids[:inside], *[placeholder] * added], inside
+        starts = dict.fromkeys(counts, 0)
+        for place, index in sorted(found.items(), key=lambda item: item[1]):
+            if place in counts:
+                out += ids[done : max(index, done)]
+                done, starts[place] = max(index, done), len(out)
+                out += [placeholder] * counts[place]
+        out += ids[done:]
+        if given is not None and len(out) == inside + added:
+            raise SteerError(f"row {row}: nothing is left to be read behind its keys and values; give it a prompt")
+        return out, list(starts.values())
+
+    def _inside(self, row: int, ids: list[int], given: KeyValueEdit) -> tuple[int, int]:
+        inside = int(given.bos and given.lengths[row] > 0)
+        if inside and ids[:1] != [getattr(self.lm.tokenizer, "bos_token_id", None)]:
+            raise SteerError(f"row {row}: its keys and values begin with those of a BOS token, and its prompt has none")
+        return inside, int(given.added[row])
+
+    def _starts_in_front(self) -> Tensor | None:
+        """Where soft tokens stand without having seen prompts; None where that depends on them."""
+        if self.plan.key_values is not None or set(self.plan.runs) - {None}:
+            return None
+        return torch.full((self.plan.batch, len(self.plan.runs)), self._pool.overwriting.start)
+
+    def _place(self, starts: list[list[int]]) -> None:
+        """Takes note of where soft tokens stand in the prompts of this batch, and of where an encoder's prompts end."""
+        if self._starts_in_front() is None:
+            self._starts, self._rows = torch.tensor(starts, dtype=torch.long), None
+        elif not self.lm.is_encoder_decoder:
+            return
+        self._load(self._plain_rows())
+
+    def forward_kwargs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What to pass to a bare forward pass in the place of a batch that `prepare` has made.
+
+        It is the batch itself with position ids, and where there are keys and values the cache that holds them, with
+        gradients if they are trained, and only the tokens behind them.
+
+        Raises:
+            SteerError: a sliding window would count the padding between keys and values of different lengths, and what
+                follows.
+        """
+        given, arguments = self.plan.key_values, dict[str, Any](batch)
+        mask = batch["attention_mask"]
+        if self.lm.attachment.architecture.takes_position_ids:
+            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        if given is None or not given.lengths.any():
+            return arguments
+        self.require_no_gap(mask, mask.shape[1])
+        cache, slots = DynamicCache(config=self.lm.model.config), int(given.lengths.max())
+        self.remember(cache, self.owners)
+        behind = {name: ids[:, slots:] for name, ids in arguments.items() if name in ("input_ids", "position_ids")}
+        return arguments | behind | {"past_key_values": cache}
+
+    def remember(self, cache: Cache, owners: Int[Tensor, " row"]) -> None:
+        """Writes the plan's keys and values into an empty cache, for rows that belong to these rows of the batch."""
+        assert self.plan.key_values is not None
+        devices = [self.lm.device_at(Site("resid_post", layer)) for layer in range(self.lm.n_layers)]
+        self.plan.key_values.fill(cache, owners, self.lm.dtype, devices)
+        self.remembered = True
+
+    def require_no_gap(self, mask: Int[Tensor, "row pos"], longest: int) -> None:
+        """Raises SteerError if a sliding window that is shorter than a sequence would count padding in its midst."""
+        given, window = self.plan.key_values, self.lm.sliding_window
+        assert given is not None
+        slots = int(given.lengths.max())
+        between = (mask[:, slots] == 0) & (given.lengths.to(mask.device)[: len(mask)] > 0)
+        if window is not None and longest > window and bool(between.any()):
+            raise SteerError(
+                f"some layers of this model see no further back than {window} tokens, and would count the padding "
+                "between a row's keys and values and its prompt; batch prompts of one length, or use soft tokens "
+                "(PrefixEdit)"
+            )
 
     def generate_kwargs(self, *, streamer: Any = None, seeds: Sequence[int] | None = None) -> dict[str, Any]:
         """What to pass to transformers' `generate` besides the batch.
@@ -373,9 +493,11 @@ class Steering:
             logits_processor: Any,
             stopping_criteria: Any,
             generation_config: Any,
+            inputs_tensor: Tensor,
             **kw: Any,
         ) -> Any:
-            return decoding.run(model, input_ids, logits_processor, stopping_criteria, generation_config, kw)
+            config = generation_config
+            return decoding.run(model, input_ids, logits_processor, stopping_criteria, config, inputs_tensor, kw)
 
         return {"custom_generate": decode}
 

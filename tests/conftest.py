@@ -80,3 +80,11 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     cache = Cache(tmp_path / "answers.sqlite")
     monkeypatch.setattr("steer.neutral.answers_cache", lambda: cache)
     return cache
+
+
+@pytest.fixture(autouse=True)
+def embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """Where text encoders keep embeddings meanwhile."""
+    cache = Cache(tmp_path / "embeddings.sqlite")
+    monkeypatch.setattr("steer.text_encoder.embeddings_cache", lambda: cache)
+    return cache

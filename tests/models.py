@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -37,6 +38,14 @@ _EXPERTS = _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}
 _FALCON = _SHAPE | _UNTIED
 _NEOX = _SHAPE | {"intermediate_size": 80, "rotary_pct": 0.5}
 _OPT = _SHAPE | {"ffn_dim": 80, "word_embed_proj_dim": WIDTH, "max_position_embeddings": 200} | _UNTIED
+
+_T5 = {"num_layers": LAYERS, "d_model": WIDTH, "num_heads": HEADS, "d_kv": 12, "d_ff": 80}
+# Few buckets, so that distances of a few tokens fall into different ones.
+_T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "decoder_start_token_id": 0}
+_BART = {"d_model": WIDTH, "max_position_embeddings": 200, "scale_embedding": True, "forced_eos_token_id": None}
+_BART |= {f"{part}_layers": LAYERS for part in ("encoder", "decoder")}
+_BART |= {f"{part}_attention_heads": HEADS for part in ("encoder", "decoder")}
+_BART |= {f"{part}_ffn_dim": 80 for part in ("encoder", "decoder")}
 
 _SPECIAL = {"vocab_size": VOCABULARY, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 _VISION = {
@@ -113,12 +122,22 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             **_UNTIED,
         },
     ),
+    "t5": ("t5", _T5),
+    # As in Flan-T5.
+    "t5_gated": ("t5", _T5 | {"feed_forward_proj": "gated-gelu"} | _UNTIED),
+    "mt5": ("mt5", _T5 | {"feed_forward_proj": "gated-gelu"} | _UNTIED),
+    "umt5": ("umt5", _T5 | {"feed_forward_proj": "gated-gelu"} | _UNTIED),
+    "bart": ("bart", _BART),
+    "mbart": ("mbart", _BART),
 }
 # Models that something has been done to: which one, and what.
 _CHANGED: dict[str, tuple[str, Callable[[PreTrainedModel], PreTrainedModel]]] = {
     "llama_lora": ("llama", lambda model: with_lora(model, ["q_proj", "o_proj", "down_proj"])),
     "gpt2_lora": ("gpt2", lambda model: with_lora(model, ["c_attn", "attn.c_proj"])),
     "llama_int8": ("llama", lambda model: in_int8(model)),
+    "t5_lora": ("t5", lambda model: with_lora(model, ["q", "o", "wi"])),
+    # As after its vocabulary was made larger: encoder and decoder have one module for their embeddings.
+    "t5_one_table": ("t5", lambda model: with_one_table(model)),
 }
 ARCHITECTURES = [
     "llama",
@@ -139,8 +158,9 @@ ARCHITECTURES = [
     "falcon",
 ]
 MULTIMODAL = ["gemma3_image", "llava", "qwen2_5_vl"]
+ENCODER_DECODERS = ["t5", "t5_gated", "mt5", "umt5", "bart", "mbart", "t5_lora", "t5_one_table"]
 # Models inside of others, with adapters, and with quantized weights.
-WRAPPED = [*MULTIMODAL, *_CHANGED]
+WRAPPED = [*MULTIMODAL, *(name for name in _CHANGED if name not in ENCODER_DECODERS)]
 # To the hooks these are built as others are: they go through the invariants, but for compiling, and through the rest in
 # full runs only.
 ALIKE = {
@@ -155,7 +175,7 @@ ALIKE = {
     "gpt2_lora": "llama_lora",
 }
 # Also those configurations that change what is added to the residual stream, and where.
-VARIANTS = [*ARCHITECTURES, *WRAPPED, *sorted(_CONFIGS.keys() - {*ARCHITECTURES, *WRAPPED})]
+VARIANTS = [*ARCHITECTURES, *WRAPPED, *sorted(_CONFIGS.keys() - {*ARCHITECTURES, *WRAPPED, *ENCODER_DECODERS})]
 
 
 def tiny(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -165,6 +185,7 @@ def tiny(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Pre
         return change(tiny(base, seed=seed, dtype=dtype))
     kind, settings = _CONFIGS[name]
     auto = AutoModelForImageTextToText if name in MULTIMODAL else AutoModelForCausalLM
+    auto = AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else auto
     # Some of what GPT-OSS starts from is random.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -189,6 +210,12 @@ def with_lora(model: PreTrainedModel, targets: list[str], name: str = "default")
         return get_peft_model(model, config, name).eval()
 
 
+def with_one_table(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with a single module for the embeddings."""
+    model.set_input_embeddings(model.get_input_embeddings())
+    return model
+
+
 def in_int8(model: PreTrainedModel) -> PreTrainedModel:
     """The model with the weights of its linear layers in int8."""
     quanto = pytest.importorskip("optimum.quanto")
@@ -211,6 +238,9 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
                 parameter.copy_(0.5 * noise / getattr(module, "scalar_embed_scale", 1.0))
             else:
                 parameter.copy_(2.5 * noise / _inputs(module, parameter) ** 0.5)
+            if path.endswith("Attention.q.weight"):
+                # T5 has the factor of its attention in there.
+                parameter.div_(model.config.d_kv**0.5)
     # Every generation runs its full length, whatever a random model says.
     model.generation_config.eos_token_id = None
 
@@ -227,14 +257,16 @@ TEMPLATE = (
 
 
 @cache
-def tokenizer(*, bos: bool = False, chat: bool = False) -> PreTrainedTokenizerFast:
-    """One token per character of ASCII text, on demand with a BOS in front, or with a chat template."""
+def tokenizer(*, bos: bool = False, eos: bool = False, chat: bool = False) -> PreTrainedTokenizerFast:
+    """One token per character of ASCII text, on demand with a BOS in front, an EOS behind, or a chat template."""
     characters = ["<pad>", "<bos>", "<eos>", "<unk>", "\n", *(chr(code) for code in range(32, 127))]
     backend = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    if bos or eos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=" ".join(["<bos>"] * bos + ["$A"] + ["<eos>"] * eos), special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

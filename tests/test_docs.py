@@ -92,7 +92,7 @@ def sections() -> dict[str, set[str]]:
         if called := re.match(r"`(steer[^`]*)`", title):
             path = " ".join(word for word in called[1].split() if not re.search(r"[A-Z]", word))
             cells = re.findall(r"^\|([^|]*)\|", body, re.MULTILINE)
-            found[path] = {option for cell in cells for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", cell)}
+            found[path] = {option for cell in cells for option in re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", cell)}
     return found
 
 

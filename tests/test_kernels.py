@@ -32,11 +32,13 @@ from steer.kernels import (
     naive_overwrite_rows,
     naive_project_rows,
     naive_similarity_to_projection,
+    naive_slots_at,
     naive_tilted_log_probs,
     naive_tilted_moments,
     overwrite_rows,
     project_rows,
     similarity_to_projection,
+    slots_at,
     tilted_log_probs,
     tilted_moments,
 )
@@ -199,16 +201,29 @@ def test_nothing_is_similar_to_nothing() -> None:
 @dtypes
 def test_overwrite_rows(pos: int, d: int, rows: int, dtype: torch.dtype) -> None:
     hidden, values = normal(rows, pos, d, dtype=dtype), normal(rows, 5, d, dtype=dtype, seed=1)
-    offsets, lengths = torch.arange(pos)[None] - integers(9, rows, 1, low=-3), integers(6, rows)
-    out = overwrite_rows(hidden, values, offsets, lengths)
-    assert torch.equal(out, naive_overwrite_rows(hidden, values, offsets, lengths))
+    slots = integers(6, rows, pos) - 1
+    assert torch.equal(overwrite_rows(hidden, values, slots), naive_overwrite_rows(hidden, values, slots))
 
 
-def test_overwrite_rows_with_empty_and_full_spans() -> None:
-    hidden, values = torch.zeros(2, 4, 1), torch.arange(1.0, 4.0).expand(2, 3)[..., None]
-    offsets = torch.tensor([[-1, 0, 1, 2], [-1, 0, 1, 2]])
-    out = overwrite_rows(hidden, values, offsets, torch.tensor([3, 0]))
-    assert out[..., 0].tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
+@sizes
+@rows_
+@pytest.mark.parametrize("runs", [1, 2, 5])
+def test_slots_at(pos: int, rows: int, runs: int) -> None:
+    """Positions begin anywhere, before, within or behind the runs; some runs are empty."""
+    counts, gaps = integers(4, rows, 2, runs).unbind(1)
+    # One behind the other with gaps of up to three tokens, and not in the order of their slots.
+    starts = (counts + gaps).cumsum(1) - counts
+    order = torch.randperm(runs, generator=torch.Generator().manual_seed(0))
+    counts, starts = counts[:, order], starts[:, order]
+    positions = torch.arange(pos)[None] + integers(12, rows, 1, low=-3)
+    slots = slots_at(positions, starts, counts)
+    assert torch.equal(slots, naive_slots_at(positions, starts, counts))
+
+
+def test_slots_of_empty_and_full_runs() -> None:
+    positions, starts = torch.arange(4).expand(3, 4), torch.tensor([[1, 0], [1, 0], [3, 0]])
+    counts = torch.tensor([[3, 0], [0, 0], [1, 2]])
+    assert slots_at(positions, starts, counts).tolist() == [[-1, 0, 1, 2], [-1, -1, -1, -1], [1, 2, -1, 0]]
 
 
 @sizes

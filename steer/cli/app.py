@@ -15,6 +15,7 @@ from steer.cli.models import models
 from steer.cli.score import score
 from steer.cli.sweep import sweep
 from steer.cli.tokens import tokens
+from steer.cli.train import train
 
 app = typer.Typer(
     help="Make a frozen language model write like a particular person.\n\n"
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(extract)
+app.command()(train)
 app.command()(generate)
 app.command()(score)
 app.command()(sweep)

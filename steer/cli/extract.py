@@ -74,6 +74,13 @@ def extract(
     paper: Annotated[
         bool, typer.Option("--paper", help="As in the paper: last token, mean difference, from the first new token on.")
     ] = False,
+    trained: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder that steer train has made: its method, with what it trained, in place of --method.",
+            show_default=False,
+        ),
+    ] = None,
     instruction: Annotated[
         str | None,
         typer.Option(
@@ -112,6 +119,7 @@ def extract(
     """
     from steer import Bank, NaturalGradient, StyleVector, read_histories
     from steer.cache import Cache
+    from steer.train import load_artifact, method_of
 
     settings = options.parse_settings(setting or [])
     layers = {} if layer is None else {"layer": options.parse_layers(layer)}
@@ -119,7 +127,14 @@ def extract(
     of_style = {key: value for key, value in of_style.items() if value is not None}
     if twice := [key for key in layers | of_style if key in settings]:
         raise SteerError(f"--{twice[0].removesuffix('s')} and --set {twice[0]} say the same thing; give one of them")
+    artifact = None if trained is None else load_artifact(trained)
+    if artifact is not None and (method is not None or paper or settings | layers | of_style):
+        raise SteerError(f"--trained {trained} says which method it is, and with what hyper-parameters; leave them out")
     fitting = _method(method, settings | layers, of_style, paper)
+    if artifact is None and fitting.trainable:
+        raise SteerError(
+            f"{fitting.name} is trained first: steer train {fitting.name} …, and give its folder as --trained"
+        )
     if resume is not None and not isinstance(fitting, NaturalGradient | StyleVector):
         raise SteerError(f"--resume is for methods that read each text once; {fitting.name} goes over them many times")
     histories = {key: whole.split(holdout, limit)[0] for key, whole in read_histories(history, instruction=instruction)}
@@ -131,6 +146,8 @@ def extract(
     if empty := [key for key in wanted if not len(histories[key])]:
         raise SteerError(f"{empty[0]!r} has no records left after --holdout {holdout}")
     lm = options.load(model, device, dtype)
+    if artifact is not None:
+        fitting = method_of(lm, artifact)
     if bank.exists():
         # What is no bank is refused before the work.
         Bank(bank).close()
@@ -143,7 +160,8 @@ def extract(
 
         everybody = [known for known in histories.values() if len(known)]
         task = progress.add_task("population", total=len(everybody))
-        artifact = fitting.train(lm, everybody, share_of(task, 0, len(everybody)), **cached)
+        if artifact is None:
+            artifact = fitting.train(lm, everybody, share_of(task, 0, len(everybody)), **cached)
         store = Bank(bank)
         if artifact is not None:
             store.put_artifact(artifact)

@@ -168,6 +168,12 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, at_least: int = 0
     return ids, mask
 
 
+def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """The same with the padding on the right."""
+    ids, mask = pad_left([row[::-1] for row in rows], pad_token_id)
+    return ids.flip(1), mask.flip(1)
+
+
 def pad_behind_heads(
     rows: Sequence[Sequence[int]], groups: Sequence[int], pad_token_id: int, at_least: int
 ) -> tuple[Tensor, Tensor, Heads]:
@@ -183,13 +189,19 @@ def pad_behind_heads(
         ids and mask, both `[row, pos]`, and the common heads, which are their first columns.
     """
     lengths = head_lengths(rows, groups)
-    longest = max(lengths)
-    firsts = [rows[list(groups).index(group)] for group in range(len(lengths))]
-    tails = [row[lengths[group] :] for row, group in zip(rows, groups, strict=True)]
-    ids, mask = pad_left(tails, pad_token_id, at_least=at_least - longest)
-    head, head_mask = pad_left([row[:n] for row, n in zip(firsts, lengths, strict=True)], pad_token_id)
-    index = torch.tensor(groups)
-    return torch.cat([head[index], ids], 1), torch.cat([head_mask[index], mask], 1), Heads(head, head_mask, index)
+    firsts = [rows[list(groups).index(group)][:length] for group, length in enumerate(lengths)]
+    ids, mask = pad_behind(rows, [lengths[group] for group in groups], pad_token_id, at_least)
+    return ids, mask, Heads(*pad_left(firsts, pad_token_id), torch.tensor(groups))
+
+
+def pad_behind(
+    rows: Sequence[Sequence[int]], lengths: Sequence[int], pad_token_id: int, at_least: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Left-pads the first `lengths[b]` tokens of each row and behind them, apart, what follows."""
+    heads, head_mask = pad_left([row[:length] for row, length in zip(rows, lengths, strict=True)], pad_token_id)
+    tails = [row[length:] for row, length in zip(rows, lengths, strict=True)]
+    ids, mask = pad_left(tails, pad_token_id, at_least=at_least - heads.shape[1])
+    return torch.cat([heads, ids], 1), torch.cat([head_mask, mask], 1)
 
 
 def head_lengths(rows: Sequence[Sequence[int]], groups: Sequence[int]) -> list[int]:

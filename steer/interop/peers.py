@@ -65,3 +65,13 @@ def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
         yield f"{prefix}{name}", parameter
     for name, child in module.named_children():
         yield from named_parameters(child, f"{prefix}{name}.")
+
+
+def without_components(module: nn.Module) -> None:
+    """Takes out, in place, what a `TransformerBridge` has put between a model's modules."""
+    for name, child in list(module._modules.items()):
+        while child is not None and "_original_component" in child._modules:
+            child = child._modules["_original_component"]
+        module._modules[name] = child
+        if child is not None:
+            without_components(child)

@@ -2,6 +2,7 @@
 
 from steer.methods.amulet import Amulet
 from steer.methods.caa import CAA
+from steer.methods.commer import ComMer
 from steer.methods.contrastive_decoding import ContrastiveDecoding
 from steer.methods.cos import CoS, CoSMany, CoSPair
 from steer.methods.costeer import CoSteer
@@ -13,6 +14,7 @@ from steer.methods.knn_lm import KNNLM
 from steer.methods.mod import MOD
 from steer.methods.natural_gradient import NaturalGradient
 from steer.methods.perfit import PerFit
+from steer.methods.pplug import PPlug
 from steer.methods.prefix_tuning import PrefixTuning
 from steer.methods.proxy_tuning import ProxyTuning
 from steer.methods.repe import RepEPCA
@@ -29,12 +31,14 @@ __all__ = [
     "CoSMany",
     "CoSPair",
     "CoSteer",
+    "ComMer",
     "ContrastiveDecoding",
     "DExperts",
     "Drift",
     "GivenVector",
     "Guidance",
     "NaturalGradient",
+    "PPlug",
     "PerFit",
     "PrefixTuning",
     "ProxyTuning",

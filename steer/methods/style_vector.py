@@ -309,6 +309,8 @@ class StyleVector(Method):
         records = [(user, record) for user, history in enumerate(histories) for record in history]
         neutral = Neutral(self.neutral, self.neutral_tokens)
         neutral.require([record for _, record in records])
+        # A site that the model does not have is reported before it answers any prompt.
+        lm.declare(*self._sites)
 
         def parts() -> Iterator[tuple[int, _Summary]]:
             for start in range(0, len(records), _TOGETHER):

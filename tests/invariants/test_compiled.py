@@ -34,8 +34,8 @@ def every(first: Sequence[str]) -> list[object]:
 PROMPTS = ["a prompt", "x", "another, longer one", "the last"]
 MIDDLE = steer.Site("resid_mid", 1)
 # Two of vectors, 2 + 4 + 4 of the other residual edits, 4 starts and 1 of marks, 12 of the condition, 3 of the memory
-# and 2 of the prefix.
-BUFFERS = 34
+# and 3 of the prefix.
+BUFFERS = 35
 
 
 @pytest.fixture
@@ -214,6 +214,31 @@ def test_generation_decodes_in_one_graph_for_all_users(arch: str) -> None:
     assert not counters["graph_break"]
     # With fewer streams the batch has fewer rows, which is another shape.
     assert_close(static(lm, plain).logits, generate(lm, plain, cross_attention()).logits)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_prefixes_at_places_and_as_keys_and_values_decode_in_one_graph(arch: str) -> None:
+    lm, counts = prepared(arch), [3, 0, 2, 1]
+    rows = [Row([prompt[:3], steer.Place("here"), prompt[3:], "."]) for prompt in PROMPTS]  # type: ignore[arg-type]
+    results = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        # Other users, of whom others have nothing.
+        counts = [counts[-1], *counts[:-1]]
+        prefixes = [torch.randn(count, WIDTH, generator=generator) if count else None for count in counts]
+        edits: list[Edit] = [
+            steer.KeyValueEdit.from_rows(steer.key_values_of(lm, prefixes[::-1])),
+            steer.PrefixEdit.from_rows(prefixes, WIDTH, place="here"),
+            # Sizes are shapes, so there are as many soft tokens as before in the longest row.
+            steer.PrefixEdit.from_rows([torch.randn(3 - count, WIDTH) for count in counts], WIDTH),
+        ]
+        compiled, eager = static(lm, rows, edits=edits), generate(lm, rows, cross_attention(), edits=edits)
+        assert_close(compiled.logits, eager.logits)
+        assert torch.equal(compiled.tokens, eager.tokens)
+        results.append(compiled.logits)
+        assert graphs() == 1
+    assert not counters["graph_break"]
+    assert all((other - results[0]).abs().max() > 0.1 for other in results[1:])
 
 
 def test_a_closed_context_is_not_steered_by_compiled_code(small: steer.FrozenLM) -> None:

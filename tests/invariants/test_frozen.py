@@ -95,6 +95,7 @@ METHODS: dict[str, Callable[[], steer.Method]] = {
     "knn_lm": lambda: steer.KNNLM(),
     "prefix_tuning": lambda: steer.PrefixTuning(length=2, steps=2),
     "user_llm": lambda: steer.UserLLM(layer=1, read_layer=1, heads=4, steps=2),
+    "commer": lambda: steer.ComMer(tokens=2, rank=2, dropout=0.0, steps=2, batch=2),
 }
 
 
@@ -132,6 +133,8 @@ def test_an_exception_while_a_method_trains(used: steer.FrozenLM, histories: lis
         steer.PrefixTuning().fit(used, histories[0], on_step=fail)
     with pytest.raises(Stop):
         steer.UserLLM(layer=1, read_layer=1, heads=4).train(used, histories, on_step=fail)
+    with pytest.raises(Stop):
+        steer.ComMer(tokens=2, rank=2, dropout=0.0, batch=2).train(used, histories, on_step=fail)
 
 
 def test_an_exception_while_wrapping() -> None:
