@@ -163,9 +163,12 @@ def _train(arguments: argparse.Namespace, lm: FrozenLM, users: Sequence[User]) -
             epochs=arguments.epochs,
             learning_rate=arguments.learning_rate,
             copies=arguments.copies,
+            later=arguments.validation,
+            strangers=arguments.validation,
             batch=arguments.batch,
             seed=arguments.seed,
             evaluate_every=arguments.evaluate_every,
+            save_every=arguments.save_every,
             resume=arguments.into.exists(),
             on_progress=lambda share: progress.update(bar, completed=share),
             on_log=lambda entry: progress.console.print(entry),
@@ -246,7 +249,11 @@ def _parse() -> argparse.Namespace:
     train.add_argument("--copies", type=int, default=0, help="with parts of the history left out, of each example")
     train.add_argument("--batch", type=int, default=16)
     train.add_argument("--seed", type=int, default=0)
+    train.add_argument(
+        "--validation", type=float, default=0.04, help="share of the known users, and of the others' last records"
+    )
     train.add_argument("--evaluate-every", type=int, help="steps; an epoch if not given")
+    train.add_argument("--save-every", type=int, help="steps; as evaluations if not given")
     for one in (run, timed):
         one.add_argument("--trained", nargs="*", default=[], help="arms of what `train` has made, NAME=FOLDER")
         one.add_argument("--records", type=int, help="later records of a user that are scored; all if not given")
