@@ -64,7 +64,9 @@ class InputAwareAttention(nn.Module):
         self, query: Float[Tensor, "row k"], keys: Float[Tensor, "row item k"], mask: Bool[Tensor, "row item"]
     ) -> Float[Tensor, "row item"]:
         """How much each item counts, float32: they sum to 1 in a row with items, and to 0 in one without."""
-        scores = (blank(keys, mask).float() @ query.float()[:, :, None]).squeeze(2)
+        # Sharp weights are lost in half precision, which autocast would take for the product.
+        with torch.autocast(query.device.type, enabled=False):
+            scores = (blank(keys, mask).float() @ query.float()[:, :, None]).squeeze(2)
         scores = scores / self.log_temperature.float().exp()
         # Not −inf: a row of nothing else would be NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

@@ -25,6 +25,7 @@ from steer.experiments import retrieval
 from steer.experiments.soft_prefixes_data import User, before, cut
 from steer.history import History, Record
 from steer.inject import Edit, PrefixEdit
+from steer.inject.prefix import with_prompts
 from steer.likelihood import response_losses
 from steer.method import Method, make_method
 from steer.plan import edits_of
@@ -245,7 +246,8 @@ class Fitted(Arm):
         artifact = self.artifact(lm)
         shared = {} if artifact is None else {artifact.hash: artifact}
         edits = edits_of(lm, [{"state": state}], artifacts=shared, dose=self.dose)
-        return Row(span_behind(lm, record), edits, f"{key} {self.dose}")
+        span = span_behind(lm, record)
+        return Row(span, with_prompts(edits, [span.prompt or ""]), f"{key} {self.dose}")
 
     def cost(self, lm: FrozenLM, history: History) -> Cost:
         state, _, seconds = self.state(lm, history)

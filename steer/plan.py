@@ -154,7 +154,8 @@ class Plan:
             return self
         told = with_prompts(self.prefixes, prompts)
         prefix = PrefixEdit.concatenate([part for part in told if isinstance(part, PrefixEdit)])
-        _check("prefixes", prefix.embeddings, self.batch, prefix.embeddings.shape[-1])
+        assert self.prefix is not None
+        _check("prefixes", prefix.embeddings, self.batch, self.prefix.embeddings.shape[-1])
         return replace(self, prefix=prefix)
 
     @property

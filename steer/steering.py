@@ -350,12 +350,6 @@ class Steering:
         """
         if len(prompts) != self.plan.batch:
             raise SteerError(f"{len(prompts)} prompts for a batch of {self.plan.batch}")
-        told = self.plan.of_prompts([self.lm.text_of(prompt) for prompt in prompts])
-        if told is not self.plan:
-            self.plan = told
-            # What is loaded are zeros, or the soft tokens of earlier prompts.
-            self._rows = None
-            self._load(self._plain_rows())
         mixtures = [None] * self.plan.batch if self.plan.streams is None else self.plan.streams.mixtures
         rows, starts, further = [], [], []
         for row, (prompt, mixture) in enumerate(zip(prompts, mixtures, strict=True)):
@@ -365,6 +359,13 @@ class Steering:
             starts.append(begun)
             further.append([(s, self._encode(row, prompt, s, chat, mixture.touches(1))[0]) for s in others if mixture])
         padded, mask = self._padded(rows)
+        # Only when all else went well, as an earlier batch may be in use.
+        told = self.plan.of_prompts([self.lm.text_of(prompt) for prompt in prompts])
+        if told is not self.plan:
+            self.plan = told
+            # What is loaded are zeros, or the soft tokens of earlier prompts.
+            self._rows = None
+            self._load(self._plain_rows())
         self.prepared = Prepared(padded.to(self.lm.device), mask.to(self.lm.device), further)
         self._place(starts)
         return {"input_ids": self.prepared.input_ids, "attention_mask": self.prepared.attention_mask}

@@ -134,7 +134,8 @@ class TextEncoder:
         missing = [key for key in texts if key not in found]
         for chosen in by_length(self._lengths([prefix + texts[key] for key in missing]), self._batch_tokens):
             batch = [missing[i] for i in chosen]
-            with torch.no_grad():
+            # What is kept must not depend on whether somebody trains in autocast at the time.
+            with torch.no_grad(), torch.autocast(self._encoder.model.device.type, enabled=False):
                 embeddings = self._encoder(self._encoder.tokenize([texts[key] for key in batch], prefix))
             new = dict(zip(batch, embeddings.float().cpu(), strict=True))
             if self._cache is not None:

@@ -67,7 +67,7 @@ def test_soft_tokens_are_the_papers(llama: steer.FrozenLM, encoder: str) -> None
 
     instruction = project("instruction.projector", state["instruction.vectors"])
     for row, example in enumerate(examples):
-        items = frozen.encode([f"{r.prompt}\n\n{r.response}" for r in example.history]).double().numpy()
+        items = frozen.encode([f"{r.response}\n\n{r.prompt}" for r in example.history]).double().numpy()
         query = frozen.encode([example.record.prompt]).double().numpy()[0]
         weights = np.exp(items @ query / 0.3)
         persona = (weights / weights.sum()) @ project("projector", items)
@@ -147,6 +147,12 @@ def test_nobody_and_records_that_come_and_go(llama: steer.FrozenLM, encoder: str
         method.update(llama, whole, HISTORIES[0].first(1))
     with pytest.raises(steer.SteerError, match="'stranger' is not in the state"):
         method.remove(whole, ["stranger"])
+    other = trained(llama, encoder, tmp_path / "other", text="response")
+    for change in (lambda: other.update(llama, whole, HISTORIES[1]), lambda: other.remove(whole, [])):
+        with pytest.raises(steer.SteerError, match="fitted with other shared weights"):
+            change()
+    with pytest.raises(steer.SteerError, match="trained with text='response', this has 'both'"):
+        PPlug(encoder=encoder).use(llama, other.artifact)  # type: ignore[arg-type]
     assert whole.tensors["items"].shape == (6, 24)
     assert whole.nbytes == 6 * 24 * 4
     # A user without records is one whose only text is the mean.

@@ -81,6 +81,23 @@ def test_likelihoods(llama: steer.FrozenLM) -> None:
     assert_close(row_losses(llama, spans[1], [ASKING], 4), row_losses(llama, spans[1], [fixed([PROMPTS[1]] * 4)], 4))
 
 
+def test_a_batch_that_is_refused_changes_nothing(llama: steer.FrozenLM) -> None:
+    with llama.steered(edits=[ASKING]) as steering:
+        batch = steering.prepare(PROMPTS)
+        with pytest.raises(steer.SteerError, match="a prompt is empty"):
+            steering.prepare(["quite", "another", "batch", ""])
+        found = llama.model.generate(**batch, **steering.generate_kwargs(), max_new_tokens=5)
+    with llama.steered(edits=[fixed(PROMPTS)]) as steering:
+        batch = steering.prepare(PROMPTS)
+        assert torch.equal(found, llama.model.generate(**batch, **steering.generate_kwargs(), max_new_tokens=5))
+
+
+def test_soft_tokens_of_another_width_are_refused(llama: steer.FrozenLM) -> None:
+    narrow = steer.PromptPrefix(lambda prompts: torch.zeros(len(prompts), 3, 1), LENGTHS, WIDTH)
+    with pytest.raises(steer.SteerError, match="prefixes are 1 wide"):
+        llama.generate(PROMPTS, edits=[narrow])
+
+
 def test_what_is_not_finite_is_refused(llama: steer.FrozenLM) -> None:
     broken = steer.PromptPrefix(lambda prompts: torch.full((len(prompts), 3, WIDTH), torch.nan), LENGTHS, WIDTH)
     with pytest.raises(steer.SteerError, match="prefixes hold values that are not finite"):

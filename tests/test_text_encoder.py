@@ -85,6 +85,15 @@ def test_embeddings_are_those_of_transformers(tmp_path: Path, pooling: str, norm
         np.testing.assert_allclose(embedding.numpy(), expected, atol=1e-5)
 
 
+def test_what_is_kept_does_not_depend_on_autocast(folder: Path, tmp_path: Path) -> None:
+    plain = TextEncoder(folder, cache=None).encode(TEXTS)
+    encoder = TextEncoder(folder, cache=Cache(tmp_path / "kept.sqlite"))
+    with torch.autocast("cpu", torch.bfloat16):
+        first = encoder.encode(TEXTS)
+    assert torch.equal(first, plain)
+    assert torch.equal(encoder.encode(TEXTS), plain)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_embeddings_are_those_of_sentence_transformers(tmp_path: Path, normalize: bool) -> None:
     folder = make(tmp_path, normalize=normalize)

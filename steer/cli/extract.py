@@ -130,6 +130,8 @@ def extract(
     artifact = None if trained is None else load_artifact(trained)
     if artifact is not None and (method is not None or paper or settings | layers | of_style):
         raise SteerError(f"--trained {trained} says which method it is, and with what hyper-parameters; leave them out")
+    if artifact is not None and resume is not None:
+        raise SteerError("--resume keeps readings of the model, and --trained methods make none; leave it out")
     fitting = _method(method, settings | layers, of_style, paper)
     if artifact is None and fitting.trainable:
         raise SteerError(

@@ -105,7 +105,10 @@ class PromptPrefix:
 
     def of(self, prompts: Sequence[str]) -> PrefixEdit:
         """The prefix for these prompts, one a row."""
-        return PrefixEdit(self.tokens(prompts), self.lengths, self.place)
+        tokens = self.tokens(prompts)
+        # As `from_rows` pads: a size of 1 is a special case to the compiler.
+        padded = torch.nn.functional.pad(tokens, (0, 0, 0, max(2 - tokens.shape[1], 0)))
+        return PrefixEdit(padded, self.lengths, self.place)
 
     @property
     def blank(self) -> PrefixEdit:

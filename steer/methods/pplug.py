@@ -69,7 +69,7 @@ class PPlug(Method):
 
     Args:
         encoder: a sentence encoder, see `TextEncoder`; the paper has BAAI/bge-base-en-v1.5.
-        text: what of a record is encoded: prompt and response, or the response.
+        text: what of a record is encoded: the response with its prompt behind it, or the response.
         max_tokens: of a text that is encoded; None is what the encoder was made for.
         query: whether the prompt's encoder is trained, as in the paper, or the frozen one. Only attention has it.
         query_prefix: put in front of the prompt; BGE's for queries is "Represent this sentence for searching relevant
@@ -143,6 +143,7 @@ class PPlug(Method):
         Raises:
             SteerError: as `fit`; or a record is there already.
         """
+        self._require_own(state)
         known = state.provenance.records
         if twice := [record.id for record in history if record.id in known]:
             raise SteerError(f"record {twice[0]!r} is in the state already")
@@ -155,6 +156,7 @@ class PPlug(Method):
         Raises:
             SteerError: one is not there.
         """
+        self._require_own(state)
         known = state.provenance.records
         if strange := [record for record in records if record not in known]:
             raise SteerError(f"record {strange[0]!r} is not in the state")
@@ -182,6 +184,23 @@ class PPlug(Method):
             return made.new_zeros(len(rows), *made.shape[1:]).index_copy(0, owners, made)
 
         return [PromptPrefix(tokens, lengths, lm.width_at(Site("embed")))]
+
+    def use(self, lm: FrozenLM, artifact: Artifact) -> None:
+        """Takes what was trained before.
+
+        Raises:
+            SteerError: it is of another method, version or model, or was trained with other hyper-parameters, which
+                `steer.train.method_of` takes from it.
+        """
+        super().use(lm, artifact)
+        for name, own in asdict(self).items():
+            if name != "encoder" and artifact.settings[name] != own:
+                self.artifact = None
+                raise SteerError(f"the artifact was trained with {name}={artifact.settings[name]!r}, this has {own!r}")
+
+    def _require_own(self, state: UserState) -> None:
+        if self.artifact is None or state.provenance.artifact != self.artifact.hash:
+            raise SteerError("the state was fitted with other shared weights; fit it again, or use those it names")
 
     def _state(self, items: Tensor, records: Sequence[str]) -> UserState:
         assert self.artifact is not None
@@ -211,8 +230,9 @@ class PPlug(Method):
         return _encoder(self.encoder, self.max_tokens, str(lm.device))
 
     def _text(self, record: Record) -> str:
+        # The response first: what is beyond the encoder's window is cut, and it tells more of who wrote it.
         both = self.text == "both" and record.prompt
-        return f"{record.prompt}\n\n{record.response}" if both else record.response
+        return f"{record.response}\n\n{record.prompt}" if both else record.response
 
 
 class Plug(nn.Module):

@@ -449,7 +449,9 @@ def parameter_groups(module: nn.Module, learning_rate: float, weight_decay: floa
         if not parameter.requires_grad:
             continue
         factor = next((factor for start, factor in rates.items() if name.startswith(start)), 1.0)
-        groups[learning_rate * factor, weight_decay if name in decayed else 0.0].append(parameter)
+        # A number by itself, such as a temperature, is no weight either.
+        decays = name in decayed and parameter.dim() > 0
+        groups[learning_rate * factor, weight_decay if decays else 0.0].append(parameter)
     return [{"params": own, "lr": rate, "weight_decay": decay} for (rate, decay), own in groups.items()]
 
 
