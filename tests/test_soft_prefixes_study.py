@@ -412,6 +412,7 @@ def without_seconds(result: Path) -> dict[str, Any]:
     return done
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on(study: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arms = ["BM25 2", "dense 1", "prefix tuning"]
     run(monkeypatch, "run", *study, *arms, "--out", tmp_path / "whole.json")
