@@ -18,7 +18,7 @@ from steer.inject.key_values import KeyValueEdit
 from steer.inject.memory import AttendToMemory
 from steer.inject.neighbours import RecallNeighbours
 from steer.inject.positions import Gate, MarkedGate, NamedGate, Positions
-from steer.inject.prefix import OverwriteEmbeddings
+from steer.inject.prefix import OverwriteEmbeddings, PromptPrefix
 from steer.inject.residual import AddVectors, EditStates, SiteEdit, operator_of
 from steer.inject.rows import Rows
 from steer.inject.stream_rows import pad_behind, pad_left, pad_right
@@ -91,6 +91,7 @@ class Steering:
         self.has_prefix = any(edit is not None and bool(edit.lengths.any()) for edit in (plan.prefix, plan.key_values))
         self.remembered = plan.key_values is None or not plan.key_values.lengths.any()
         self._starts = self._starts_in_front()
+        self._untold = any(isinstance(part, PromptPrefix) for part in plan.prefixes)
         if prompt_lengths is not None and len(prompt_lengths) != plan.batch:
             raise SteerError(f"{len(prompt_lengths)} prompt lengths for a batch of {plan.batch}")
 
@@ -211,7 +212,7 @@ class Steering:
         plan = self.plan
         loaded, self._rows = self._rows, rows
         # Not asked for in `begin`, as compiled code would guard on whether there is a prefix in the batch.
-        self._unplaced = self.has_prefix and (rows.prompt_lengths is None or self._starts is None)
+        self._unplaced = self.has_prefix and (rows.prompt_lengths is None or self._starts is None or self._untold)
         for gate in self._gates.values():
             gate.load(rows)
         for deciding, condition in zip(self._deciding, plan.conditions, strict=True):
@@ -319,7 +320,8 @@ class Steering:
         if self._unplaced:
             raise SteerError(
                 "a prefix is written over placeholders in the prompt: make the batch with steering.prepare(prompts), "
-                "and pass **steering.generate_kwargs() to generate, or prompt_lengths=[...] to lm.steered"
+                "and pass **steering.generate_kwargs() to generate, or prompt_lengths=[...] to lm.steered; what "
+                "depends on the prompts, or stands at places in them, needs prepare"
             )
         if self.plan.prefix is not None:
             self._pool.overwriting.begin(positions)
@@ -362,7 +364,7 @@ class Steering:
         # Only when all else went well, as an earlier batch may be in use.
         told = self.plan.of_prompts([self.lm.text_of(prompt) for prompt in prompts])
         if told is not self.plan:
-            self.plan = told
+            self.plan, self._untold = told, False
             # What is loaded are zeros, or the soft tokens of earlier prompts.
             self._rows = None
             self._load(self._plain_rows())
@@ -442,9 +444,11 @@ class Steering:
         gradients if they are trained, and only the tokens behind them.
 
         Raises:
-            SteerError: a sliding window would count the padding between keys and values of different lengths, and what
-                follows.
+            SteerError: it is not the batch that was prepared last, or a sliding window would count the padding between
+                keys and values of different lengths, and what follows.
         """
+        if self.prepared is None or not torch.equal(batch["input_ids"], self.prepared.input_ids):
+            raise SteerError("this is not the batch that steering.prepare(prompts) has made last; prepare it again")
         given, arguments = self.plan.key_values, dict[str, Any](batch)
         mask = batch["attention_mask"]
         if self.lm.attachment.architecture.takes_position_ids:

@@ -92,6 +92,23 @@ def test_a_batch_that_is_refused_changes_nothing(llama: steer.FrozenLM) -> None:
         assert torch.equal(found, llama.model.generate(**batch, **steering.generate_kwargs(), max_new_tokens=5))
 
 
+def test_a_forward_pass_without_its_own_prompts_is_refused(llama: steer.FrozenLM) -> None:
+    """Neither zeros nor another batch's soft tokens."""
+    with llama.steered(edits=[fixed(PROMPTS)], prompt_lengths=[1, 2, 3, 4]) as steering:
+        ids = steering.prepare(PROMPTS)["input_ids"]
+        llama.model(ids)
+    refused = pytest.raises(steer.SteerError, match=r"what depends on the prompts, .* needs prepare")
+    with refused, llama.steered(edits=[ASKING], prompt_lengths=[1, 2, 3, 4]):
+        llama.model(ids)
+    with llama.steered(edits=[ASKING], prompt_lengths=[1, 2, 3, 4]) as steering:
+        first = steering.prepare(PROMPTS)
+        llama.model(**steering.forward_kwargs(first))
+        second = steering.prepare(PROMPTS[::-1])
+        with pytest.raises(steer.SteerError, match=r"not the batch that steering\.prepare"):
+            steering.forward_kwargs(first)
+        llama.model(**steering.forward_kwargs(second))
+
+
 def test_soft_tokens_of_another_width_are_refused(llama: steer.FrozenLM) -> None:
     narrow = steer.PromptPrefix(lambda prompts: torch.zeros(len(prompts), 3, 1), LENGTHS, WIDTH)
     with pytest.raises(steer.SteerError, match="prefixes are 1 wide"):
