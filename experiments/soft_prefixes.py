@@ -141,7 +141,7 @@ def main() -> None:
         return
     users = read_users(arguments.data, unseen=arguments.unseen, users=arguments.users)
     torch.set_float32_matmul_precision(arguments.precision)
-    with steer.load(arguments.model, device=arguments.device, dtype=torch.float32) as lm:
+    with steer.load(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype)) as lm:
         users = shortened(lm, users, arguments.tokens)
         if arguments.action == "data":
             print(reports.data_table(statistics(lm, users)))
@@ -178,7 +178,7 @@ def _train(arguments: argparse.Namespace, lm: FrozenLM, users: Sequence[User]) -
 
 def _go_on(arguments: argparse.Namespace, lm: FrozenLM, users: Sequence[User]) -> None:
     """Measures what is missing in the result, and writes it arm by arm."""
-    named = ("model", "precision", "unseen", "users", "records", "others", "tokens", "shown", "fitted")
+    named = ("model", "dtype", "precision", "unseen", "users", "records", "others", "tokens", "shown", "fitted")
     asked = {name: getattr(arguments, name) for name in named} | {"data": digest(users)}
     done: dict[str, Any] = {"study": asked, "versions": _versions(lm), "data": statistics(lm, users), "arms": {}}
     out: Path = arguments.out
@@ -232,6 +232,7 @@ def _parse() -> argparse.Namespace:
         one.add_argument("data", type=Path, help="folder of the sets")
         one.add_argument("--model", default="smollm2-135m")
         one.add_argument("--device", help="cuda if there is one, else cpu")
+        one.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model")
         one.add_argument(
             "--precision",
             choices=["highest", "high", "medium"],
