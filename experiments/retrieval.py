@@ -9,18 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
-from steer.embedded import resolve
 from steer.errors import SteerError
 from steer.history import History, Record
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-
     from steer.model import Prompt
 
 _INSTALL = "pip install 'steer-toolkit[retrieval]'"
@@ -77,25 +71,6 @@ class BM25:
 
     def _words(self, texts: Sequence[str]) -> list[list[str]]:
         return self._package.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
-
-
-class Encoder:
-    """Embeddings of length 1 by a sentence encoder. Raises SteerError if sentence-transformers is missing."""
-
-    def __init__(self, name: str = "all-minilm-l6-v2") -> None:
-        self.name = name
-
-    def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "text d"]:
-        """A text of more tokens than the encoder reads counts by its beginning."""
-        return self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
-
-    @cached_property
-    def _model(self) -> Any:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError:
-            raise SteerError(f"dense retrieval needs sentence-transformers: {_INSTALL}") from None
-        return SentenceTransformer(resolve(self.name), device="cpu")
 
 
 def query_of(record: Record) -> str:

@@ -39,12 +39,17 @@ from steer.errors import SteerError
 from steer.experiments import soft_prefixes_report as reports
 from steer.experiments.soft_prefixes_arms import BASE, Arm, Row, Score, arms, score, trained_arms
 from steer.experiments.soft_prefixes_data import User, digest, read_users, shortened, statistics, strangers
+from steer.files import draft
 from steer.likelihood import last_logits
 from steer.method import make_method
 from steer.train import train_method
 
 if TYPE_CHECKING:
     from steer.model import FrozenLM
+
+
+# Beside what is trained here: who it was trained on.
+STUDY = "study.json"
 
 
 def measure(
@@ -173,13 +178,39 @@ def _train(arguments: argparse.Namespace, lm: FrozenLM, users: Sequence[User]) -
             on_progress=lambda share: progress.update(bar, completed=share),
             on_log=lambda entry: progress.console.print(entry),
         )
+    with draft(arguments.into / STUDY) as unfinished:
+        unfinished.write_text(json.dumps(_people(arguments, users)))
     print({"steps": trained.steps, "kept": trained.kept, "seconds": trained.seconds, **trained.losses})
+
+
+def _people(arguments: argparse.Namespace, users: Sequence[User]) -> dict[str, Any]:
+    """Tells who is trained on from whom else there is."""
+    return {"unseen": arguments.unseen, "users": arguments.users, "data": digest(users)}
+
+
+def _folders(arguments: argparse.Namespace, users: Sequence[User]) -> dict[str, Path]:
+    """What was trained, by name. Raises SteerError if it may have been trained on users who are unseen here."""
+    folders = {}
+    for pair in arguments.trained:
+        name, equals, folder = pair.partition("=")
+        if not (name and equals and folder):
+            raise SteerError(f"--trained {pair} is not a name and a folder, such as PPlug=study/pplug")
+        folders[name] = Path(folder)
+    for folder in folders.values():
+        told = json.loads((folder / STUDY).read_text()) if (folder / STUDY).is_file() else None
+        if told != _people(arguments, users):
+            raise SteerError(
+                f"{folder} was trained on other users, or elsewhere; train it by `{Path(__file__).stem} train`, with "
+                "the same DATA, --unseen, --users and --tokens"
+            )
+    return folders
 
 
 def _go_on(arguments: argparse.Namespace, lm: FrozenLM, users: Sequence[User]) -> None:
     """Measures what is missing in the result, and writes it arm by arm."""
-    named = ("model", "dtype", "precision", "unseen", "users", "records", "others", "tokens", "shown", "fitted")
-    asked = {name: getattr(arguments, name) for name in named} | {"data": digest(users)}
+    named = ("model", "dtype", "precision", "records", "others", "tokens", "shown", "fitted")
+    asked = {name: getattr(arguments, name) for name in named} | _people(arguments, users)
+    folders = _folders(arguments, users)
     done: dict[str, Any] = {"study": asked, "versions": _versions(lm), "data": statistics(lm, users), "arms": {}}
     out: Path = arguments.out
     if out.exists():
@@ -191,7 +222,7 @@ def _go_on(arguments: argparse.Namespace, lm: FrozenLM, users: Sequence[User]) -
     cache = Cache(out.with_suffix(".cache"))
     scored = [user.first(arguments.records) for user in users]
     every = arms(lm, scored, cache, tokens=arguments.shown, records=arguments.fitted)
-    every |= trained_arms(lm, dict(options.parse_beside(arguments.trained)), scored, cache, arguments.fitted)
+    every |= trained_arms(lm, folders, scored, cache, arguments.fitted)
     if unknown := [name for name in arguments.arms or () if name not in every]:
         raise SteerError(f"there is no arm {unknown[0]!r}; there are {', '.join(every)}")
     chosen = {name: every[name] for name in dict.fromkeys([BASE, *(arguments.arms or every)])}

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -31,6 +30,7 @@ from steer.method import Method, make_method
 from steer.plan import edits_of
 from steer.read import Span, require_room
 from steer.state import Artifact, Provenance, UserState
+from steer.text_encoder import TextEncoder
 from steer.train import load_artifact, method_of
 
 if TYPE_CHECKING:
@@ -181,23 +181,23 @@ class Shown(Arm):
 class Dense:
     """Ranks by the similarity of embeddings, which are kept."""
 
-    encoder: retrieval.Encoder
+    encoder: TextEncoder
     cache: Cache
-    _known: dict[History, tuple[Float[np.ndarray, "record d"], float]] = field(default_factory=dict)
+    _known: dict[History, tuple[Float[Tensor, "record d"], float]] = field(default_factory=dict)
 
     def __call__(self, history: History, record: Record) -> Sequence[float]:
-        return (self.embeddings(history)[0] @ self.encoder([retrieval.query_of(record)])[0]).tolist()
+        return (self.embeddings(history)[0] @ self.encoder.encode([retrieval.query_of(record)])[0]).tolist()
 
-    def embeddings(self, history: History) -> tuple[Float[np.ndarray, "record d"], float]:
+    def embeddings(self, history: History) -> tuple[Float[Tensor, "record d"], float]:
         """Of a user's texts, and the seconds that they took."""
         if history not in self._known:
             texts = [retrieval.document_of(own) for own in history]
 
             def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-                return {"embeddings": torch.tensor(self.encoder(texts))}, {}
+                return {"embeddings": self.encoder.encode(texts)}, {}
 
-            tensors, about = _kept(self.cache, key_of("embeddings", 1, self.encoder.name, texts), make)
-            self._known[history] = tensors["embeddings"].numpy(), about["seconds"]
+            tensors, about = _kept(self.cache, key_of("embeddings", 1, self.encoder.identity, texts), make)
+            self._known[history] = tensors["embeddings"], about["seconds"]
         return self._known[history]
 
 
@@ -324,7 +324,7 @@ def arms(lm: FrozenLM, users: Sequence[User], cache: Cache, *, tokens: int, reco
     def fitted(method: str, dose: float | None = None, **hyper_parameters: Any) -> Fitted:
         return Fitted(method, hyper_parameters, known, cache, records, dose)
 
-    bm25, dense = retrieval.BM25(), Dense(retrieval.Encoder(), cache)
+    bm25, dense = retrieval.BM25(), Dense(TextEncoder(cache=None), cache)
     rankers: dict[str, retrieval.Ranker] = {
         "random": retrieval.drawn,
         "newest": retrieval.newest,

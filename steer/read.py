@@ -97,7 +97,7 @@ def response_span(lm: FrozenLM, response: str, prompt: str | None = None, *, max
     """The response after its prompt, as it would stand in a dialogue with the model, or the bare text.
 
     No end-of-text token is appended: on one side of a pair only, it would be all that the pair differs in. Of
-    `max_tokens`, a prompt gets its last ones, up to half of them, and a response its first ones.
+    `max_tokens`, a prompt gets its last ones, up to half of them with its BOS token, and a response its first ones.
 
     In an encoder-decoder model a span is the decoder's part, behind the encoder's: a response as the tokenizer makes a
     target of it, which for T5 and BART ends with an end-of-sequence token, as it does in their training. That token
@@ -109,7 +109,7 @@ def response_span(lm: FrozenLM, response: str, prompt: str | None = None, *, max
     if lm.tokenizer is None:
         raise SteerError("this model was wrapped without a tokenizer and cannot read texts")
     if lm.is_encoder_decoder:
-        head = (lm.tokenizer("").input_ids if prompt is None else lm.encode(prompt))[-(max_tokens // 2) :]
+        head = _last(lm, lm.tokenizer("").input_ids if prompt is None else lm.encode(prompt), max_tokens // 2)
         if not head:
             raise SteerError("there is no prompt, and the encoder must read something")
         ids = (head + lm.tokenizer(text_target=response).input_ids)[:max_tokens]
@@ -118,13 +118,19 @@ def response_span(lm: FrozenLM, response: str, prompt: str | None = None, *, max
         ids = lm.tokenizer(response).input_ids[:max_tokens]
         start = 0
     else:
-        head = lm.encode(prompt)[-(max_tokens // 2) :]
+        head = _last(lm, lm.encode(prompt), max_tokens // 2)
         ids = (head + lm.tokenizer(response, add_special_tokens=False).input_ids)[:max_tokens]
         start = len(head)
     # The first token of a sequence never counts, so a span needs one more.
     if len(ids) <= max(start, 1):
         raise SteerError(f"a text is too short to read, it has no token besides the first: {response[:40]!r}")
     return Span(ids, start, len(ids), prompt)
+
+
+def _last(lm: FrozenLM, ids: list[int], count: int) -> list[int]:
+    """So many tokens from the end, behind the BOS token if the tokenizer begins every prompt with one."""
+    begun = lm.operators.overwriting.start
+    return ids if len(ids) <= count else ids[:begun] + ids[len(ids) - max(count - begun, 0) :]
 
 
 def record_span(lm: FrozenLM, record: Record, **kwargs: Any) -> Span:

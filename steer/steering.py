@@ -387,7 +387,12 @@ class Steering:
             what, remedy = "with its context the prompt has", "shorten the context"
             require_room(self._model_of(stream), len(ids), f"row {row}: {what}", name=stream.model, remedy=remedy)
         # Placeholders are no text to another model.
-        return self._with_prefixes(row, ids, places) if touched and stream.model is None else (ids, [])
+        if not touched or stream.model is not None:
+            return ids, []
+        placed, starts = self._with_prefixes(row, ids, places)
+        if len(placed) > len(ids):
+            require_room(self.lm, len(placed), f"row {row}: with its prefix the prompt has")
+        return placed, starts
 
     def _model_of(self, stream: Stream) -> FrozenLM:
         return self.lm if stream.model is None else self.plan.models[stream.model]

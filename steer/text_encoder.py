@@ -79,11 +79,16 @@ class TextEncoder:
         """What tells this encoder from others, for provenance: its name, and a hash.
 
         The hash is over samples of the weights, as in a model's fingerprint, and over what else embeddings depend on:
-        the layers and their pooling, normalization and the number of tokens. Dtype, device and folder play no part.
+        the layers and their pooling, normalization, the tokenizer and the number of tokens. Dtype, device and folder
+        play no part.
         """
-        layers = [[type(layer).__name__, getattr(layer, "pooling_mode", None)] for layer in self._encoder.layers]
+        pooling = ("pooling_mode", "include_prompt")
+        layers = [
+            [type(layer).__name__, *(getattr(layer, key, None) for key in pooling)] for layer in self._encoder.layers
+        ]
         settings = [self._encoder.normalized, self.max_tokens, self.width]
-        return f"{self.name}:{key_of(running_samples(self._encoder), layers, settings)[:16]}"
+        words = sorted(self._encoder.model.tokenizer.get_vocab().items())
+        return f"{self.name}:{key_of(running_samples(self._encoder), layers, words, settings)[:16]}"
 
     def encode(
         self, texts: Sequence[str], on_progress: Callable[[int], None] | None = None, *, prefix: str = ""

@@ -119,3 +119,14 @@ def test_what_is_not_finite_is_refused(llama: steer.FrozenLM) -> None:
     broken = steer.PromptPrefix(lambda prompts: torch.full((len(prompts), 3, WIDTH), torch.nan), LENGTHS, WIDTH)
     with pytest.raises(steer.SteerError, match="prefixes hold values that are not finite"):
         llama.generate(PROMPTS, edits=[broken])
+
+
+def test_soft_tokens_count_in_the_models_window() -> None:
+    with steer.wrap(tiny("opt"), tokenizer()) as lm:
+        assert lm.window == 200
+        edit = steer.PrefixEdit(torch.zeros(1, 3, WIDTH), torch.tensor([3]))
+        span = record_span(lm, steer.Record("ann", "a" * 10, "b" * 187))
+        response_losses(lm, [span], [edit])
+        span = record_span(lm, steer.Record("ann", "a" * 11, "b" * 187))
+        with pytest.raises(steer.SteerError, match="row 0: with its prefix the prompt has 201 tokens and the model's"):
+            response_losses(lm, [span], [edit])

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import VARIANTS, VOCABULARY, WIDTH, tiny, tokenizer
+from models import BOS, VARIANTS, VOCABULARY, WIDTH, tiny, tokenizer
 from rows import assert_close
 from torch import Tensor
 
 import steer
 from steer.cache import Cache
 from steer.encoders import Moments
-from steer.read import Batch, Span, read, read_batches
+from steer.read import Batch, Span, read, read_batches, response_span
 
 SITE = steer.Site("resid_post", 1)
 
@@ -289,3 +289,13 @@ def test_batches_name_their_texts(llama: steer.FrozenLM) -> None:
     (site,) = batches[0].pooled
     assert site == steer.Site("resid_post", 0)
     assert all(batch.pooled[site].shape == (len(batch.indices), WIDTH) for batch in batches)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_prompt_that_is_cut_keeps_its_bos_token(bos: bool) -> None:
+    with steer.wrap(tiny("llama"), tokenizer(bos=bos)) as lm:
+        whole = response_span(lm, "so it is.", "one two three four")
+        span = response_span(lm, "so it is.", "one two three four", max_tokens=24)
+        head = whole.ids[: whole.start]
+        assert span.ids[: span.start] == ([BOS, *head[-11:]] if bos else head[-12:])
+        assert span.ids[span.start :] == whole.ids[whole.start :]

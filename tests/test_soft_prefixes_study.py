@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from models import tiny, tokenizer
+from rows import assert_close
 
 import steer
 from steer.cache import Cache
@@ -66,16 +67,19 @@ def lm() -> steer.FrozenLM:
 class Bag:
     """Counts of letters, in place of a sentence encoder."""
 
-    name = "bag of letters"
+    identity = "bag of letters"
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        counts = np.array([[text.count(chr(code)) for code in range(97, 123)] for text in texts], dtype=np.float32)
-        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+    def __init__(self, cache: None = None) -> None:
+        """Keeps nothing."""
+
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        counts = torch.tensor([[float(text.count(chr(code))) for code in range(97, 123)] for text in texts])
+        return torch.nn.functional.normalize(counts, dim=1)
 
 
 @pytest.fixture(autouse=True)
 def encoder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setattr(retrieval, "Encoder", Bag)
+    monkeypatch.setattr(soft_prefixes_arms, "TextEncoder", Bag)
     # Where the model's own answers are kept.
     monkeypatch.setenv("STEER_CACHE", str(tmp_path_factory.mktemp("cache")))
 
@@ -257,11 +261,11 @@ def test_dense_is_the_cosine_and_is_kept(folder: Path, tmp_path: Path, monkeypat
     record = user.later.records[0]
     dense = soft_prefixes_arms.Dense(bag, Cache(tmp_path / "c"))
     texts = [retrieval.document_of(own) for own in user.earlier]
-    np.testing.assert_allclose(dense(user.earlier, record), bag(texts) @ bag([record.fields["query"]])[0], rtol=1e-6)
+    expected = bag.encode(texts) @ bag.encode([record.fields["query"]])[0]
+    assert_close(torch.tensor(dense(user.earlier, record)), expected)
     nbytes = sum(map(len, texts)) + 5 * 26 * 4
     asked: list[int] = []
-    monkeypatch.setattr(Bag, "__call__", lambda _, texts: asked.append(len(texts)) or bag_of(texts))
-    bag_of = lambda texts: np.ones((len(texts), 26), dtype=np.float32)  # noqa: E731
+    monkeypatch.setattr(Bag, "encode", lambda _, texts: asked.append(len(texts)) or torch.ones(len(texts), 26))
     again = soft_prefixes_arms.Dense(bag, Cache(tmp_path / "c"))
     again(user.earlier, record)
     assert asked == [1]
@@ -477,6 +481,18 @@ def test_from_end_to_end(
     out.write_text(json.dumps(done | {"arms": {}}))
     with pytest.raises(steer.SteerError, match="run the arm 'none'"):
         run(monkeypatch, "report", out)
+
+
+@pytest.mark.parametrize("told", [None, {"unseen": 0.0, "users": None, "data": "0123456789abcdef"}])
+def test_what_may_have_been_trained_on_unseen_users_is_refused(
+    study: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, Any] | None
+) -> None:
+    if told is not None:
+        (tmp_path / "study.json").write_text(json.dumps(told))
+    with pytest.raises(steer.SteerError, match="was trained on other users, or elsewhere"):
+        run(monkeypatch, "run", *study, "none", "--trained", f"x={tmp_path}", "--out", tmp_path / "made.json")
+    with pytest.raises(steer.SteerError, match="is not a name and a folder"):
+        run(monkeypatch, "run", *study, "none", "--trained", str(tmp_path), "--out", tmp_path / "made.json")
 
 
 def test_points_by_hand() -> None:

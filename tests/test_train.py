@@ -359,6 +359,18 @@ def test_early_stopping_restores_the_best(llama: steer.FrozenLM, tmp_path: Path)
     assert loss == pytest.approx(losses[trained.kept], rel=1e-5)
 
 
+def test_a_run_that_was_killed_once_it_had_stopped_early_makes_no_further_step(
+    llama: steer.FrozenLM, tmp_path: Path
+) -> None:
+    settings = {"epochs": 40, "learning_rate": 0.2, "early_stopping": 3, "save_every": 1000}
+    expected = run(llama, tmp_path / "run", Soft(llama.width), **settings)
+    (tmp_path / "run" / "result.json").unlink()
+    module = Soft(llama.width)
+    actual = run(llama, tmp_path / "run", module, **settings, resume=True)
+    assert module.calls == 0
+    assert (actual.losses, actual.kept, actual.steps) == (expected.losses, expected.kept, expected.steps)
+
+
 def test_a_loss_that_is_not_finite_ends_training(llama: steer.FrozenLM, tmp_path: Path) -> None:
     module = Soft(llama.width)
     plain = module.edits
@@ -490,6 +502,11 @@ def test_folders_of_other_runs_are_refused(llama: steer.FrozenLM, tmp_path: Path
         pytest.raises(steer.SteerError, match="another model;"),
     ):
         run(other, tmp_path / "run", Soft(other.width), epochs=1, resume=True)
+    with (
+        steer.wrap(tiny("llama").to(torch.bfloat16), tokenizer()) as rougher,
+        pytest.raises(steer.SteerError, match="another dtype: float32 and not bfloat16"),
+    ):
+        run(rougher, tmp_path / "run", Soft(llama.width), epochs=1, resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(steer.SteerError, match=r"no config\.json"):

@@ -34,7 +34,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_parameter_names
 
 from steer.errors import SteerError
@@ -211,7 +211,7 @@ def train_shared(
             report_to="none",
         )
         devices = max(arguments.world_size, 1)
-        settings["devices"] = devices
+        settings |= {"devices": devices, "dtype": str(lm.dtype).removeprefix("torch.")}
         epoch = math.ceil(len(train) / (batch * accumulation * devices))
         every = _require_count("evaluate_every", evaluate_every or epoch)
         arguments.eval_steps, arguments.save_steps = every, _require_count("save_every", save_every or every)
@@ -244,7 +244,10 @@ def train_shared(
         trainer.remove_callback(PrinterCallback)
         trainer.order, trainer.batch_tokens = order, batch_tokens
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and _has_stopped(checkpoint, early_stopping):
+            trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - start
         trainer.accelerator.free_memory()
     return _finish(folder, module, trainer, seconds)
@@ -419,11 +422,11 @@ class _Watch(TrainerCallback):
         losses = _evaluations(state.log_history)
         if not losses:
             return
-        best = min(losses, key=losses.__getitem__)
         # Without weights of its own the best would be lost.
-        control.should_save |= best == state.global_step
-        if self._patience is not None and sum(step > best for step in losses) >= self._patience:
-            control.should_training_stop = True
+        control.should_save |= min(losses, key=losses.__getitem__) == state.global_step
+        if _is_in_vain(losses, self._patience):
+            # Saved too, so that a run that is killed now does not go on.
+            control.should_save = control.should_training_stop = True
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
@@ -458,6 +461,18 @@ def parameter_groups(module: nn.Module, learning_rate: float, weight_decay: floa
 def _evaluations(log: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """Validation losses by step; not that of the initial weights, which are in no checkpoint."""
     return {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry and entry["step"]}
+
+
+def _is_in_vain(losses: Mapping[int, float], patience: int | None) -> bool:
+    """Whether so many evaluations went by without a lower loss."""
+    best = min(losses, key=losses.__getitem__)
+    return patience is not None and sum(step > best for step in losses) >= patience
+
+
+def _has_stopped(checkpoint: Path, patience: int | None) -> bool:
+    """Whether a run had stopped early when it was saved."""
+    losses = _evaluations(json.loads((checkpoint / STATE).read_text())["log_history"])
+    return bool(losses) and _is_in_vain(losses, patience)
 
 
 def _finish(folder: Path, module: nn.Module, trainer: _Trainer, seconds: float) -> Trained:
