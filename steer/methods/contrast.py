@@ -81,6 +81,18 @@ class Contrast(Method):
         return state
 
 
+class ContrastOfModels(Contrast):
+    """A recipe whose streams are several models', which read the same."""
+
+    def state(self, context: str | None = None) -> UserState:
+        """The state of a user; all models read the context, if there is one, in front of the prompt.
+
+        Raises:
+            SteerError: the context is empty.
+        """
+        return self._made(given(context=context))
+
+
 def newest_records(history: History, count: int) -> tuple[Record, ...]:
     """The newest of a user's records, oldest first. Raises SteerError if there is none."""
     newest = history.split(limit=count)[0].records

@@ -17,12 +17,11 @@ from typing import ClassVar
 from steer.errors import SteerError
 from steer.inject import Mixture, Stream
 from steer.inject.streams import Touched
-from steer.methods.contrast import Contrast, given, require_number, require_positive
-from steer.state import UserState
+from steer.methods.contrast import ContrastOfModels, require_number, require_positive
 
 
 @dataclass
-class ContrastiveDecoding(Contrast):
+class ContrastiveDecoding(ContrastOfModels):
     """Contrasts the steered model with a weaker one.
 
     Args:
@@ -48,14 +47,6 @@ class ContrastiveDecoding(Contrast):
         if not 0 < self.alpha <= 1:
             raise SteerError(f"alpha={self.alpha} is not a share, above 0 and up to 1")
         self.temperature = require_positive("temperature", self.temperature)
-
-    def state(self, context: str | None = None) -> UserState:
-        """The state of a user; both models read the context, if there is one, in front of the prompt.
-
-        Raises:
-            SteerError: the context is empty.
-        """
-        return self._made(given(context=context))
 
     @staticmethod
     def mixture(

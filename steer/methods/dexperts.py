@@ -17,12 +17,11 @@ from typing import ClassVar
 from steer.errors import SteerError
 from steer.inject import Mixture, Stream
 from steer.inject.streams import Touched
-from steer.methods.contrast import Contrast, given, require_finite, require_number
-from steer.state import UserState
+from steer.methods.contrast import ContrastOfModels, require_finite, require_number
 
 
 @dataclass
-class DExperts(Contrast):
+class DExperts(ContrastOfModels):
     """Adds the difference between two other models.
 
     Args:
@@ -48,14 +47,6 @@ class DExperts(Contrast):
         self.top_p = require_number("top_p", self.top_p)
         if not 0 < self.top_p <= 1:
             raise SteerError(f"top_p={self.top_p} is not a probability, above 0 and up to 1")
-
-    def state(self, context: str | None = None) -> UserState:
-        """The state of a user; all three models read the context, if there is one, in front of the prompt.
-
-        Raises:
-            SteerError: the context is empty.
-        """
-        return self._made(given(context=context))
 
     @staticmethod
     def mixture(

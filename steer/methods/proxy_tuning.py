@@ -14,12 +14,11 @@ from typing import ClassVar
 
 from steer.inject import Mixture, Stream
 from steer.inject.streams import Touched
-from steer.methods.contrast import Contrast, given, require_finite
-from steer.state import UserState
+from steer.methods.contrast import ContrastOfModels, require_finite
 
 
 @dataclass
-class ProxyTuning(Contrast):
+class ProxyTuning(ContrastOfModels):
     """Adds the difference between a tuned small model and the same one before it was tuned.
 
     Args:
@@ -41,14 +40,6 @@ class ProxyTuning(Contrast):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.alpha = require_finite("alpha", self.alpha)
-
-    def state(self, context: str | None = None) -> UserState:
-        """The state of a user; all three models read the context, if there is one, in front of the prompt.
-
-        Raises:
-            SteerError: the context is empty.
-        """
-        return self._made(given(context=context))
 
     @staticmethod
     def mixture(
