@@ -498,12 +498,12 @@ def test_the_command_trains_with_its_own_settings(
     lines = [{"user_id": r.user_id, "text": r.response, "id": r.id, "prompt": r.prompt} for h in histories for r in h]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = ["train", "commer", file, "--out", tmp_path / "run", "--steps", 2, "--batch", 2, "--learning-rate", 0.02]
-    for setting in ("tokens=3", "rank=4", "targets=q_proj"):
+    for setting in ("tokens=3", "rank=4", 'targets=["q_proj"]'):
         asked += ["--set", setting]
     asked += ["--strangers", 0, "--later", 0, "--seed", 5]
     result = CliRunner().invoke(app, [str(word) for word in asked], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    method = commer(documents=8, embedding_rate=100.0, targets="q_proj")
+    method = commer(documents=8, embedding_rate=100.0, targets=["q_proj"])
     settings: dict[str, Any] = {"steps": 2, "batch": 2, "learning_rate": 0.02, "later": 0, "strangers": 0, "seed": 5}
     artifact, _ = train_method(llama, method, histories, out=tmp_path / "own", **settings)
     assert load_artifact(tmp_path / "run").hash == artifact.hash
