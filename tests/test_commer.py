@@ -177,6 +177,8 @@ def test_a_model_in_half_precision(histories: list[steer.History], dtype: torch.
         artifact = trained(method, lm, histories)
         assert {tensor.dtype for tensor in artifact.tensors.values()} == {torch.float32}
         half = method.fit(lm, histories[0])
+        first = method.remove(lm, half, histories[0].records[1:])
+        assert torch.equal(first.tensors["sum"], method.fit(lm, histories[0].first(1)).tensors["sum"])
     with steer.wrap(tiny("llama"), tokenizer()) as lm:
         method.use(lm, artifact)
         assert_close(half.tensors["sum"], method.fit(lm, histories[0]).tensors["sum"], 0.1)
@@ -368,7 +370,7 @@ def test_long_documents_are_cut(llama: steer.FrozenLM) -> None:
 
 
 def test_records_come_and_go(varied: steer.FrozenLM, histories: list[steer.History]) -> None:
-    """To the last bit: what is taken out leaves no trace."""
+    """What is taken out leaves no trace."""
     method, whole = commer(), histories[1]
     trained(method, varied, histories)
     state = method.fit(varied, whole)
