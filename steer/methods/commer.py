@@ -57,7 +57,7 @@ Document = tuple[int, ...]
 
 # Under which PEFT keeps the compressor's weights, and what they are in each layer.
 _ADAPTER, _PARTS = "steer_commer", ("lora_A", "lora_B", "lora_dropout")
-# Rows of the embedding table that show its scale, and some of which the embeddings start from.
+# Rows of the embedding table that show its scale.
 _SAMPLE = 64
 # Size of a batch of documents, with padding. For the gradient LoRA keeps about 2.5 MB of each token of a 135M model.
 _BATCH_TOKENS = 1024
@@ -124,7 +124,7 @@ class ComMer(Method):
             self.targets = list(self.targets)
 
     def module(self, lm: FrozenLM, histories: Sequence[History] = ()) -> Compressor:
-        """What is trained, see `steer.train.train_method`: LoRA that has no effect yet, and embeddings of tokens.
+        """What is trained, see `steer.train.train_method`: LoRA that has no effect yet, and random embeddings.
 
         Args:
             lm: the model.
@@ -273,8 +273,10 @@ class Compressor(nn.Module):
         self.lora = nn.ModuleDict(_add_lora(twin, method))
         # In a tuple, so that it is not registered.
         self._frozen: tuple[Any] = (twin,)
-        self.rates = {"embeddings": method.embedding_rate * rows.square().mean().sqrt().item()}
-        self.embeddings = nn.Parameter(rows[torch.randint(len(rows), (self.soft_tokens,))])
+        size = rows.square().mean().sqrt()
+        self.rates = {"embeddings": method.embedding_rate * size.item()}
+        # Not those of tokens: what the model goes on to say behind them is often far from any text's beginning.
+        self.embeddings = nn.Parameter(size * torch.randn(self.soft_tokens, rows.shape[1]).to(rows))
         self.scale = self._to_table(rows) if method.scale == "table" else float(method.scale)
 
     def edits(self, examples: Sequence[Example]) -> list[Edit]:
