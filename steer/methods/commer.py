@@ -7,35 +7,42 @@ compressor is the frozen model with LoRA, and k trainable embeddings that stand 
     min_{LoRA, e}  −Σ log p_θ( y | Z̄ ; x )
 
 Z̄ is the prefix of the frozen model itself, without LoRA; y is what the user wrote later. As Z̄ is a mean, a further
-text costs one reading of that text, and so does taking one out again. c = 1 is the paper's; ours brings the last
-layer's states to the scale of token embeddings. Also ours: a user without texts has the Z of an empty document, which
-is trained like all others, as an example loses its documents now and then.
+text costs one reading of that text, and so does taking one out again.
+
+Ours differs from the paper in this:
+
+* c = 1 is the paper's; by default c brings the last layer's states to the scale of token embeddings.
+* The documents of an example in training are the newest ones. The paper takes those closest to x by BM25, which a state
+  that is made before anybody asks cannot.
+* The paper first trains on a web corpus, to reproduce each document from its own Z. Here a share of the examples,
+  `autoencoding`, has the record to predict as its only document, while the others are trained on.
+* A user without texts has the Z of an empty document. It is trained like all others, as an example loses its documents
+  now and then.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from steer.encoders import Merged
 from steer.errors import SteerError
 from steer.history import History, Record
 from steer.inject import Edit, PrefixEdit
 from steer.inject.stream_rows import pad_left
-from steer.likelihood import batches_of, negative_log_likelihood
 from steer.method import Method
-from steer.methods.vectors import ids_left, ids_of_new, require_equal
-from steer.read import Span, by_length, record_span, require_room
+from steer.methods.vectors import ids_of_new
+from steer.read import by_length, record_span, require_room
 from steer.sites import Site
 from steer.state import Artifact, Provenance, UserState
-from steer.train import each_step
 from steer.twin import twin_of
 
 if TYPE_CHECKING:
@@ -43,22 +50,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from steer.model import FrozenLM
+    from steer.train.examples import Example
+
+# Token ids of a text to compress, without the k embeddings.
+Document = tuple[int, ...]
 
 # Under which PEFT keeps the compressor's weights, and what they are in each layer.
 _ADAPTER, _PARTS = "steer_commer", ("lora_A", "lora_B", "lora_dropout")
-# Rows of the embedding table that show its scale, and some of which the embeddings start from.
+# Rows of the embedding table that show its scale.
 _SAMPLE = 64
-# Size of a batch of documents, with padding.
-_BATCH_TOKENS = 4096
+# Size of a batch of documents, with padding. For the gradient LoRA keeps about 2.5 MB of each token of a 135M model.
+_BATCH_TOKENS = 1024
 # Names of tensors: a state's only one, and the prefix of a user without texts.
 _SUM, _NOBODY = "sum", "nobody"
-
-
-class Example(Protocol):
-    """What is to be predicted has a prefix made of these records."""
-
-    @property
-    def history(self) -> Iterable[Record]: ...
 
 
 @dataclass
@@ -72,15 +76,11 @@ class ComMer(Method):
         scale: c: "table" brings Z to the norm of the embedding table's rows; 1 leaves it as it is, as in the paper.
         prompts: whether a document is what the user wrote behind its prompt, or, as in the paper, alone.
         max_tokens: longer documents are cut, in any case to the model's window.
-        documents: of an example in training, at most so many, drawn anew each time.
+        documents: of an example in training and validation, the newest so many; `fit` takes all it is given.
         nobody: share of the examples in training that lose all their documents.
-        steps, batch: of training, and examples in a step.
-        learning_rate: of AdamW.
-        embedding_rate: that of the embeddings as a multiple of it, in units of the embedding table's root mean square;
-            the paper has 1e-4 and 1e-2.
-        pretrain_steps: steps in which a document is to be told from its own Z, before all others; `train` needs the
-            texts for them.
-        seed: of the initial weights, dropout, and the order of examples.
+        autoencoding: share of those whose only document is the very record to predict.
+        embedding_rate: learning rate of the embeddings as a multiple of LoRA's, in units of the embedding table's root
+            mean square; the paper has 1e-2 and 1e-4.
 
     Raises:
         SteerError: PEFT is not installed, or a setting cannot be.
@@ -99,12 +99,8 @@ class ComMer(Method):
     max_tokens: int = 512
     documents: int = 8
     nobody: float = 0.1
-    steps: int = 100
-    batch: int = 8
-    learning_rate: float = 1e-4
+    autoencoding: float = 0.0
     embedding_rate: float = 100.0
-    pretrain_steps: int = 0
-    seed: int = 0
 
     def __post_init__(self) -> None:
         # Of `artifact`, built when it is first needed. No field, as those are copied.
@@ -112,16 +108,23 @@ class ComMer(Method):
         if find_spec("peft") is None:
             raise SteerError("ComMer needs PEFT: pip install 'steer-toolkit[train]'")
         for name in ("tokens", "rank", "max_tokens", "documents"):
-            if (given := getattr(self, name)) < 1:
-                raise SteerError(f"{name}={given} must be 1 or more")
-        if isinstance(self.scale, str) and self.scale != "table":
-            raise SteerError(f'scale={self.scale!r} is neither "table" nor a number')
-        for name in ("dropout", "nobody"):
+            if not isinstance(given := getattr(self, name), int) or given < 1:
+                raise SteerError(f"{name}={given} is no count; give 1 or more")
+        for name in ("dropout", "nobody", "autoencoding"):
             if not 0 <= (given := getattr(self, name)) < 1:
                 raise SteerError(f"{name}={given} is not a share; give 0 for none, or such as 0.1")
+        if self.nobody + self.autoencoding > 1:
+            raise SteerError(f"nobody={self.nobody} and autoencoding={self.autoencoding} are more than all examples")
+        if self.scale != "table" and (isinstance(self.scale, str) or self.scale <= 0):
+            raise SteerError(f'scale={self.scale!r} is neither "table" nor a number above 0')
+        if self.embedding_rate < 0:
+            raise SteerError(f"embedding_rate={self.embedding_rate} is below 0")
+        if not isinstance(self.targets, str):
+            # As an artifact has them.
+            self.targets = list(self.targets)
 
     def module(self, lm: FrozenLM, histories: Sequence[History] = ()) -> Compressor:
-        """A compressor before its training: LoRA that has no effect yet, and embeddings of random tokens.
+        """What is trained, see `steer.train.train_method`: LoRA that has no effect yet, and random embeddings.
 
         Args:
             lm: the model.
@@ -131,274 +134,208 @@ class ComMer(Method):
             SteerError: the model cannot read so many tokens, has no such `targets`, or has adapters in the way.
         """
         require_room(lm, self.tokens + 2, "the shortest document has", remedy="lower tokens")
-        return Compressor(lm, self)
-
-    @torch.enable_grad()
-    def train(
-        self,
-        lm: FrozenLM,
-        histories: Iterable[History],
-        on_progress: Callable[[float], None] | None = None,
-        *,
-        texts: Iterable[str] = (),
-        on_step: Callable[[int, float], None] | None = None,
-    ) -> Artifact:
-        """Trains the compressor: each record is to be predicted from those that its user wrote before.
-
-        Args:
-            lm: the model; no gradient is computed for its parameters.
-            histories: users with at least two records each.
-            on_progress: told the share of the steps that are made.
-            texts: anybody's, for the first `pretrain_steps`.
-            on_step: told the number of each step and its loss in nats per token.
-
-        Raises:
-            SteerError: no user has two records, or there are no texts to pretrain on.
-        """
-        later = [_Later(lm, record, own.records[:i]) for own in histories for i, record in enumerate(own) if i]
-        if not later:
-            raise SteerError("training needs users with at least two records: one is predicted from those before it")
-        itself = [_Later(lm, record, (record,)) for record in (Record("", text) for text in texts)]
-        if self.pretrain_steps and not itself:
-            raise SteerError("pretrain_steps need texts: call train(lm, histories, texts=[...])")
-        generator = torch.Generator().manual_seed(self.seed)
-        told = each_step(self.pretrain_steps + self.steps, on_progress, on_step)
-        phases = [(itself, self.pretrain_steps), (later, self.steps)]
-        batches = [batches_of(examples, self.batch, steps, generator) for examples, steps in phases]
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            module = self.module(lm).train()
-            optimizer = torch.optim.AdamW(module.groups(self.learning_rate))
-            for step, chosen in enumerate(chain(*batches)):
-                loss = negative_log_likelihood(lm, [example.span for example in chosen], module.edits(chosen))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                if told is not None:
-                    told(step, loss.item())
-        self.artifact = self.artifact_of(lm, module)
-        return self.artifact
+        return Compressor(self, lm)
 
     def artifact_of(self, lm: FrozenLM, module: nn.Module) -> Artifact:
-        """What was trained, with the prefix of a user without texts."""
+        """The trained weights, with the prefix of a user without texts."""
         assert isinstance(module, Compressor)
         module.eval()
         with torch.no_grad():
-            tensors = {**module.state_dict(), _NOBODY: module.compress([module.document(None)])[0]}
+            tensors = {**module.state_dict(), _NOBODY: module.compress([()])[0]}
         return Artifact(
             method=self.name,
             version=self.version,
             model=lm.fingerprint,
             # In memory of their own: a safetensors file holds no tensor twice.
             tensors={name: tensor.detach().cpu().clone() for name, tensor in tensors.items()},
-            settings={
-                "tokens": self.tokens,
-                "rank": self.rank,
-                "alpha": self.alpha,
-                "targets": self.targets if isinstance(self.targets, str) else list(self.targets),
-                "scale": module.scale,
-                "prompts": self.prompts,
-                "max_tokens": self.max_tokens,
-            },
+            settings={**asdict(self), "factor": module.scale},
         )
 
-    def fit(self, lm: FrozenLM, history: History, *, documents: int | None = None) -> UserState:
-        """Sums up the Z of a user's records.
-
-        Args:
-            lm: the model.
-            history: of the user; without any record, the state is that of nobody in particular.
-            documents: only the newest so many; all if None. To choose by another rule, such as the paper's BM25, give a
-                history of the chosen records.
+    def fit(self, lm: FrozenLM, history: History) -> UserState:
+        """The sum of all Z_j, `[k, d]` in float64, and the records' ids; an empty history is nobody in particular.
 
         Raises:
             SteerError: the compressor was not trained, or with another model.
         """
-        return self.fit_many(lm, [history], documents=documents)[0]
+        return self._state(self._trained(lm).merged(history), [record.id for record in history])
 
-    def fit_many(
-        self,
-        lm: FrozenLM,
-        histories: Sequence[History],
-        on_progress: Callable[[float], None] | None = None,
-        *,
-        documents: int | None = None,
-    ) -> list[UserState]:
-        """Reads the documents of all users in common batches; each state is what `fit` gives, to rounding."""
-        module = self._trained(lm)
-        assert self.artifact is not None
-        chosen = [history.records[-documents:] if documents else history.records for history in histories]
-        return [
-            UserState(
-                provenance=Provenance(
-                    method=self.name,
-                    version=self.version,
-                    model=lm.fingerprint,
-                    sites=(str(Site("embed")),),
-                    artifact=self.artifact.hash,
-                    records=tuple(record.id for record in records),
-                    settings={"tokens": module.soft_tokens},
-                ),
-                tensors={_SUM: total},
-            )
-            for records, total in zip(chosen, module.sums(chosen, on_progress), strict=True)
-        ]
-
-    def update(self, lm: FrozenLM, state: UserState, new_records: Sequence[Record]) -> UserState:
-        """The state of a user who has written more, at the cost of reading only that: what `fit` gives for all of it.
+    def update(self, lm: FrozenLM, state: UserState, records: Iterable[Record]) -> UserState:
+        """The state with records added, a history's or others, as if they had been there; it costs reading these.
 
         Raises:
-            SteerError: a record is in the state already, or the state was made with another artifact.
+            SteerError: as `fit`; or a record is there already, or the state was made with other shared weights.
         """
-        records = (*state.provenance.records, *ids_of_new(new_records, state.provenance.records))
-        return self._combined(lm, state, new_records, records, operator.add)
+        compressor, records = self._trained(lm), list(records)
+        self._require_own(state)
+        known = state.provenance.records
+        new = ids_of_new(records, known)
+        return self._state(_merged(state) + compressor.merged(records), [*known, *new])
 
-    def remove(self, lm: FrozenLM, state: UserState, old_records: Sequence[Record]) -> UserState:
-        """The state as if some of its records had never been there, at the cost of reading these once more.
+    def remove(self, lm: FrozenLM, state: UserState, records: Iterable[Record]) -> UserState:
+        """The state without these records, as if they had never been there; it costs reading them once more.
 
-        What the compressor learned of them stays there; call `train` again to change that.
+        What the compressor learned of them stays there; train it again to change that.
+
+        Args:
+            lm: the model.
+            state: of the user.
+            records: as they were when they came in: their sum is taken out of the state's.
 
         Raises:
-            SteerError: a record is not in the state, or none would be left; else as for `update`.
+            SteerError: as `fit`; or a record is not there, or the state was made with other shared weights.
         """
-        records = ids_left(state.provenance.records, old_records)
-        return self._combined(lm, state, list({r.id: r for r in old_records}.values()), records, operator.sub)
+        compressor, known = self._trained(lm), state.provenance.records
+        self._require_own(state)
+        gone = {record.id: record for record in records}
+        if strange := [name for name in gone if name not in known]:
+            raise SteerError(f"record {strange[0]!r} is not in the state")
+        left = [name for name in known if name not in gone]
+        return self._state(_merged(state) - compressor.merged(gone.values()), left)
 
     @classmethod
     def bind(
         cls, lm: FrozenLM, states: Sequence[UserState | None], like: UserState, artifact: Artifact | None
     ) -> list[Edit]:
-        """One prefix edit."""
+        """One prefix."""
         assert artifact is not None
-        prefixes = [None if state is None else _mean(state, artifact.tensors[_NOBODY]) for state in states]
+        prefixes = [None if state is None else _mean(state, artifact) for state in states]
         return [PrefixEdit.from_rows(prefixes, like.tensors[_SUM].shape[-1])]
 
-    def _combined(
-        self,
-        lm: FrozenLM,
-        state: UserState,
-        records: Sequence[Record],
-        ids: tuple[str, ...],
-        combine: Callable[[Tensor, Tensor], Tensor],
-    ) -> UserState:
-        module, source = self._trained(lm), state.provenance
+    def use(self, lm: FrozenLM, artifact: Artifact) -> None:
+        """Takes what was trained before.
+
+        Raises:
+            SteerError: it is of another method, version or model, or was trained with other hyper-parameters, which
+                `steer.train.method_of` takes from it.
+        """
+        super().use(lm, artifact)
+        for name, own in asdict(self).items():
+            if artifact.settings[name] != own:
+                self.artifact = None
+                raise SteerError(f"the artifact was trained with {name}={artifact.settings[name]!r}, this has {own!r}")
+
+    def _require_own(self, state: UserState) -> None:
+        if self.artifact is None or state.provenance.artifact != self.artifact.hash:
+            raise SteerError("the state was fitted with other shared weights; fit it again, or use those it names")
+
+    def _state(self, merged: Merged, records: Sequence[str]) -> UserState:
         assert self.artifact is not None
-        require_equal((source.method, source.artifact), (self.name, self.artifact.hash))
-        (change,) = module.sums([records])
-        total = combine(state.tensors[_SUM].to(change), change)
-        return UserState(replace(source, records=ids), {_SUM: total})
+        return UserState(
+            provenance=Provenance(
+                method=self.name,
+                version=self.version,
+                model=self.artifact.model,
+                sites=(str(Site("embed")),),
+                artifact=self.artifact.hash,
+                records=tuple(records),
+            ),
+            tensors={_SUM: merged.total},
+        )
 
     def _trained(self, lm: FrozenLM) -> Compressor:
         """The compressor of the artifact, built once."""
         if self.artifact is None:
-            raise SteerError("the compressor comes first: call train(lm, histories), or use(lm, artifact)")
+            raise SteerError(
+                "the shared weights come first: train them (steer.train.train_method), or use(lm, artifact)"
+            )
         self._require_model(lm, self.artifact)
         known = self._compressor
         if known is None or known.artifact is not self.artifact or not known.shares(lm):
-            with torch.random.fork_rng():
-                known = ComMer(**self.artifact.settings, dropout=0.0).module(lm)
-            known.load_state_dict({name: t for name, t in self.artifact.tensors.items() if name != _NOBODY})
-            known.requires_grad_(False).eval()
-            known.artifact = self.artifact
-            self._compressor = known
+            known = self._compressor = _of_artifact(self, lm, self.artifact)
         return known
 
 
 class Compressor(nn.Module):
-    """The frozen model with LoRA, and embeddings that stand behind each document.
+    """The frozen model with LoRA, and embeddings that stand behind each document: what ComMer trains.
 
     Registered is what is trained, and LoRA's dropout. The model's own weights are used where they are: there is no
-    second copy of them, and the model has no LoRA.
+    second copy of them, and the model has no LoRA. What is trained is float32, whatever the model's dtype.
+
+    Args:
+        method: the hyper-parameters.
+        lm: the model.
 
     Attributes:
         embeddings: e_1 … e_k, `[k, d]`.
         lora: A, B and dropout of each layer that has LoRA, by its path.
         soft_tokens: k.
         scale: c.
-        rates: learning rates of parameters by the beginnings of their names, as multiples of that of the others.
+        rates: learning rate of the embeddings as a multiple of LoRA's.
         artifact: whose weights these are, if any's.
     """
 
-    def __init__(self, lm: FrozenLM, settings: ComMer) -> None:
+    def __init__(self, method: ComMer, lm: FrozenLM) -> None:
         super().__init__()
-        self.lm, self.settings, self.soft_tokens = lm, settings, settings.tokens
+        self.method, self.lm, self.soft_tokens = method, lm, method.tokens
         self.artifact: Artifact | None = None
         twin = twin_of(lm)
         rows = _rows_of_table(twin.get_input_embeddings())
-        self.lora = nn.ModuleDict(_add_lora(twin, settings))
+        self.lora = nn.ModuleDict(_add_lora(twin, method))
         # In a tuple, so that it is not registered.
         self._frozen: tuple[Any] = (twin,)
-        self.rates = {"embeddings": settings.embedding_rate * rows.square().mean().sqrt().item()}
-        self.embeddings = nn.Parameter(rows[torch.randint(len(rows), (self.soft_tokens,))])
-        self.scale = self._to_table(rows) if settings.scale == "table" else float(settings.scale)
-
-    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """The parameters for an optimizer, at their learning rates."""
-        lora = {"params": list(self.lora.parameters()), "lr": learning_rate}
-        return [lora, {"params": [self.embeddings], "lr": learning_rate * self.rates["embeddings"]}]
+        size = rows.square().mean().sqrt()
+        self.rates = {"embeddings": method.embedding_rate * size.item()}
+        # Not those of tokens: what the model goes on to say behind them is often far from any text's beginning.
+        self.embeddings = nn.Parameter(size * torch.randn(self.soft_tokens, rows.shape[1]).to(rows))
+        self.scale = self._to_table(rows) if method.scale == "table" else float(method.scale)
 
     def edits(self, examples: Sequence[Example]) -> list[Edit]:
-        """The prefixes of some examples, one a row; gradients flow through them.
+        """One prefix for each example, from the newest `documents` of the records before it.
 
-        In training an example has at most `documents` of its documents, and now and then none, at random.
+        In training an example has none of them now and then, or the record to predict itself. A document that several
+        examples have is compressed once.
         """
-        places: dict[Record | None, int] = {}
-        rows = [[places.setdefault(own, len(places)) for own in self._drawn(list(e.history))] for e in examples]
-        states = self.compress([self.document(record) for record in places])
-        return [PrefixEdit.from_rows([states[row].mean(0) for row in rows], states.shape[-1])]
+        drawn = [[self.document(record) for record in self._drawn(example)] or [()] for example in examples]
+        places = {document: i for i, document in enumerate(dict.fromkeys(chain(*drawn)))}
+        compressed = self.compress(list(places))
+        means = [compressed[[places[document] for document in own]].mean(0) for own in drawn]
+        return [PrefixEdit.from_rows(means, compressed.shape[-1])]
 
-    def document(self, record: Record | None) -> list[int]:
-        """Token ids of a record as a document; None is an empty one."""
-        if record is None:
-            return []
-        if not self.settings.prompts:
-            record = replace(record, prompt=None)
-        most = self.settings.max_tokens
+    def document(self, record: Record) -> Document:
+        """Token ids of a record, cut to `max_tokens` and to the model's window."""
+        most = self.method.max_tokens
         if self.lm.window is not None:
             most = min(most, self.lm.window - self.soft_tokens)
-        return list(record_span(self.lm, record, max_tokens=most).ids)
+        if self.method.prompts and record.prompt is not None:
+            return tuple(record_span(self.lm, record, max_tokens=most).ids)
+        assert self.lm.tokenizer is not None
+        return tuple(self.lm.tokenizer(record.response).input_ids[:most])
 
-    def compress(self, documents: Sequence[Sequence[int]]) -> Float[Tensor, "document k d"]:
-        """Z of each document, in float32."""
-        batches = list(self._batches(documents))
-        order = torch.tensor([i for indices, _ in batches for i in indices])
-        return torch.cat([states for _, states in batches])[order.argsort()]
+    def compress(self, documents: Sequence[Document]) -> Float[Tensor, "document k d"]:
+        """Z of each document, in float32; in batches, of which only one is kept in memory for the gradient."""
+        lengths = {i: len(document) + self.soft_tokens for i, document in enumerate(documents)}
+        batches = list(by_length(lengths, _BATCH_TOKENS))
+        again = torch.is_grad_enabled() and len(batches) > 1
+        states = []
+        for batch in batches:
+            given = [documents[i] for i in batch], self.embeddings
+            states.append(checkpoint(self._run, *given, use_reentrant=False) if again else self._run(*given))
+        order = torch.tensor([i for batch in batches for i in batch])
+        return self.scale * torch.cat(states)[order.argsort()]
 
     @torch.no_grad()
-    def sums(
-        self, users: Sequence[Sequence[Record]], on_progress: Callable[[float], None] | None = None
-    ) -> Float[Tensor, "user k d"]:
-        """Σ_j Z_j over each user's documents, in float64 on the CPU."""
-        owners = [user for user, records in enumerate(users) for _ in records]
-        documents = [self.document(record) for records in users for record in records]
-        totals = torch.zeros(len(users), *self.embeddings.shape, dtype=torch.float64)
-        done = 0
-        for indices, states in self._batches(documents):
-            totals.index_add_(0, torch.tensor([owners[i] for i in indices]), states.double().cpu())
-            done += len(indices)
-            if on_progress is not None:
-                on_progress(done / len(documents))
-        return totals
+    def merged(self, records: Iterable[Record]) -> Merged:
+        """Σ_j Z_j, on the CPU. Each record is read by itself: beside others it would be rounded otherwise."""
+        nothing = Merged.of(torch.zeros(0, *self.embeddings.shape))
+        return sum((Merged.of(self.compress([self.document(record)]).cpu()) for record in records), nothing)
 
     def shares(self, lm: FrozenLM) -> bool:
         """Whether it uses the weights that this model has now."""
         mine, theirs = (model.get_input_embeddings().weight for model in (self._frozen[0], cast(Any, lm.model)))
         return self.lm is lm and mine.data_ptr() == theirs.data_ptr()
 
-    def _drawn(self, history: Sequence[Record]) -> Sequence[Record | None]:
-        if self.training:
-            lost = torch.rand(()) < self.settings.nobody
-            kept = torch.randperm(len(history))[: 0 if lost else self.settings.documents]
-            history = [history[i] for i in kept]
-        return history or [None]
+    def _drawn(self, example: Example) -> Sequence[Record]:
+        """The records that are documents of an example."""
+        method = self.method
+        chance = torch.rand(()).item() if self.training else 1.0
+        if chance < method.nobody:
+            return ()
+        if chance < method.nobody + method.autoencoding:
+            return (example.record,)
+        return example.history.records[-method.documents :]
 
-    def _batches(self, documents: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Float[Tensor, "text k d"]]]:
-        lengths = {i: len(document) + self.soft_tokens for i, document in enumerate(documents)}
-        for indices in by_length(lengths, _BATCH_TOKENS):
-            yield indices, self.scale * self._run([documents[i] for i in indices], self.embeddings)
-
-    def _run(self, documents: Sequence[Sequence[int]], embeddings: Float[Tensor, "k d"]) -> Float[Tensor, "text k d"]:
-        """The last layer's states at embeddings behind some texts."""
+    def _run(self, documents: Sequence[Document], embeddings: Float[Tensor, "k d"]) -> Float[Tensor, "document k d"]:
+        """The last layer's states at embeddings behind some documents, in float32."""
         lm, twin = self.lm, self._frozen[0]
         ids, mask = (part.to(lm.device) for part in pad_left(documents, lm.pad_token_id))
         texts = twin.get_input_embeddings()(ids)
@@ -413,25 +350,24 @@ class Compressor(nn.Module):
     @torch.no_grad()
     def _to_table(self, rows: Float[Tensor, "row d"]) -> float:
         """What brings the last layer's states to the norm of token embeddings, before LoRA has learned anything."""
-        return (rows.norm(dim=-1).median() / self._run([[]], rows).norm(dim=-1).median()).item()
+        return (rows.norm(dim=-1).median() / self._run([()], rows).norm(dim=-1).median()).item()
 
 
-@dataclass(frozen=True)
-class _Later:
-    """An example of `train`."""
-
-    lm: FrozenLM
-    record: Record
-    history: Sequence[Record]
-
-    @property
-    def span(self) -> Span:
-        return record_span(self.lm, self.record)
+def _of_artifact(method: ComMer, lm: FrozenLM, artifact: Artifact) -> Compressor:
+    with torch.random.fork_rng():
+        compressor = Compressor(method, lm)
+    compressor.load_state_dict({name: tensor for name, tensor in artifact.tensors.items() if name != _NOBODY})
+    compressor.scale, compressor.artifact = artifact.settings["factor"], artifact
+    return compressor.requires_grad_(False).eval()
 
 
-def _mean(state: UserState, nobody: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-    count = len(state.provenance.records)
-    return (state.tensors[_SUM] / count).float() if count else nobody
+def _merged(state: UserState) -> Merged:
+    return Merged(len(state.provenance.records), state.tensors[_SUM])
+
+
+def _mean(state: UserState, artifact: Artifact) -> Float[Tensor, "k d"]:
+    merged = _merged(state)
+    return merged.mean if merged.count else artifact.tensors[_NOBODY]
 
 
 @torch.no_grad()
@@ -441,7 +377,7 @@ def _rows_of_table(embed: Any) -> Float[Tensor, "row d"]:
     return embed(ids.to(embed.weight.device)).float()
 
 
-def _add_lora(twin: nn.Module, settings: ComMer) -> dict[str, nn.Module]:
+def _add_lora(twin: nn.Module, method: ComMer) -> dict[str, nn.Module]:
     """Puts LoRA into a model, beside what it has; returns its parts by the paths of the layers, with / for the dots."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -454,10 +390,10 @@ def _add_lora(twin: nn.Module, settings: ComMer) -> dict[str, nn.Module]:
             "the model has PEFT's adapters that are merged or no LoRA, and ComMer's cannot go beside these"
         )
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
-        lora_dropout=settings.dropout,
-        target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
+        r=method.rank,
+        lora_alpha=method.alpha,  # type: ignore[arg-type]
+        lora_dropout=method.dropout,
+        target_modules=cast("str | list[str]", method.targets),
         # GPT-2 keeps its weights the other way round.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in twin.modules()),
     )
@@ -465,7 +401,7 @@ def _add_lora(twin: nn.Module, settings: ComMer) -> dict[str, nn.Module]:
         inject_adapter_in_model(config, twin, _ADAPTER)
     except ValueError as error:
         raise SteerError(
-            f"targets={settings.targets!r} cannot have LoRA with dropout={settings.dropout}: {error}"
+            f"targets={method.targets!r} cannot have LoRA with dropout={method.dropout}: {error}"
         ) from None
     layers = {path: module for path, module in twin.named_modules() if isinstance(module, LoraLayer)}
     if embeddings := [path for path, layer in layers.items() if _ADAPTER in layer.lora_embedding_A]:

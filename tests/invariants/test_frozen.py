@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 import steer
 from steer.read import response_span
+from steer.train import train_method
 
 ROWS = [random_row(1, share=1.0), Row("plain"), random_row(2)]
 
@@ -95,14 +97,21 @@ METHODS: dict[str, Callable[[], steer.Method]] = {
     "knn_lm": lambda: steer.KNNLM(),
     "prefix_tuning": lambda: steer.PrefixTuning(length=2, steps=2),
     "user_llm": lambda: steer.UserLLM(layer=1, read_layer=1, heads=4, steps=2),
-    "commer": lambda: steer.ComMer(tokens=2, rank=2, dropout=0.0, steps=2, batch=2),
+    "commer": lambda: steer.ComMer(tokens=2, rank=2, dropout=0.0),
 }
 
 
+# Of so few records, nothing is set aside.
+ALL_OF_IT: dict[str, Any] = {"later": 0, "strangers": 0}
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method(used: steer.FrozenLM, histories: list[steer.History], method: str) -> None:
+def test_every_method(used: steer.FrozenLM, histories: list[steer.History], method: str, tmp_path: Path) -> None:
     fitted = METHODS[method]()
-    artifact = fitted.train(used, histories)
+    if fitted.trainable:
+        artifact, _ = train_method(used, fitted, histories, out=tmp_path / "out", steps=2, batch=2, **ALL_OF_IT)
+    else:
+        artifact = fitted.train(used, histories)
     states = [fitted.fit(used, history) for history in histories]
     used.generate(["one", "two"], states=states, artifacts=[artifact] if artifact else [], max_new_tokens=2)
 
@@ -125,8 +134,10 @@ def test_an_exception_inside_generation(used: steer.FrozenLM) -> None:
     assert torch.equal(after.logits, before.logits)
 
 
-def test_an_exception_while_a_method_trains(used: steer.FrozenLM, histories: list[steer.History]) -> None:
-    def fail(step: int, loss: float) -> None:
+def test_an_exception_while_a_method_trains(
+    used: steer.FrozenLM, histories: list[steer.History], tmp_path: Path
+) -> None:
+    def fail(*told: object) -> None:
         raise Stop
 
     with pytest.raises(Stop):
@@ -134,7 +145,7 @@ def test_an_exception_while_a_method_trains(used: steer.FrozenLM, histories: lis
     with pytest.raises(Stop):
         steer.UserLLM(layer=1, read_layer=1, heads=4).train(used, histories, on_step=fail)
     with pytest.raises(Stop):
-        steer.ComMer(tokens=2, rank=2, dropout=0.0, batch=2).train(used, histories, on_step=fail)
+        train_method(used, METHODS["commer"](), histories, out=tmp_path, epochs=1, on_progress=fail, **ALL_OF_IT)
 
 
 def test_an_exception_while_wrapping() -> None:
