@@ -25,7 +25,7 @@ from steer.experiments import retrieval
 from steer.experiments.soft_prefixes_data import User, before, cut
 from steer.history import History, Record
 from steer.inject import Edit, PrefixEdit
-from steer.inject.prefix import with_prompts
+from steer.inject.prompts import with_prompts
 from steer.likelihood import response_losses
 from steer.method import Method, make_method
 from steer.plan import edits_of
