@@ -133,8 +133,6 @@ class PrefixEncoder(FromTexts):
         self.method = method
         self.register_buffer("own_keys", own.keys)
         self.register_buffer("own_values", own.values)
-        self.register_buffer("unit_keys", _deviation(own.keys), persistent=False)
-        self.register_buffer("unit_values", _deviation(own.values), persistent=False)
         width, (layers, heads, _, key_width) = encoder.width, own.keys.shape
         self.slots = nn.Parameter(torch.randn(method.slots, width))
         self.inputs, self.input_norm = nn.Linear(width, width), nn.LayerNorm(width)
@@ -185,8 +183,8 @@ class PrefixEncoder(FromTexts):
         gate = self.gate(torch.cat([found, asked], 2)).sigmoid()
         hidden = self.inner(self.norm(gate * found + (1 - gate) * asked)).tanh()
         return (
-            _added(self.begun.keys, self.keys(hidden), self.unit_keys),
-            _added(self.begun.values, self.values(hidden), self.unit_values),
+            _added(self.begun.keys, self.keys(hidden), _deviation(self.own_keys)),
+            _added(self.begun.values, self.values(hidden), _deviation(self.own_values)),
         )
 
     def _attend(
