@@ -203,7 +203,7 @@ class PrefixEncoder(FromTexts):
         count = min(self.method.retrieved, len(row))
         if self.method.retriever == "newest":
             return row[len(row) - count :]
-        return row[(row @ query).topk(count).indices]
+        return row[(row.to(query) @ query).topk(count).indices]
 
 
 def _added(
