@@ -250,7 +250,9 @@ def test_states_give_what_was_trained(llama: steer.FrozenLM, encoder: str, tmp_p
         assert together == [
             llama.generate_tokens([p], [u], bank, max_new_tokens=5)[0] for p, u in zip(prompts, users, strict=True)
         ]
-        assert together[1] == llama.generate_tokens(["question 5"], max_new_tokens=5)[0]
+        plain = llama.generate_tokens(["question 5"], max_new_tokens=5)
+        assert together[1] == plain[0]
+        assert llama.generate_tokens(["question 5"], [None], bank, max_new_tokens=5) == plain
         # What is decoded with a cache is what one forward pass gives.
         edits = Recap.bind(llama, [states[0]], states[0], artifact)
         with torch.no_grad(), llama.steered(edits=edits) as steering:
