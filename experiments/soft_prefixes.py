@@ -126,7 +126,7 @@ def _prefill(lm: FrozenLM, row: Row) -> float:
     head = list(row.span.ids[: row.span.start])
     with lm.steered(states=[None], edits=row.edits, prompt_lengths=[row.prompt_tokens]) as steering:
         start = time.perf_counter()
-        last_logits(lm, steering.prepare([head]), 1).sum().item()
+        last_logits(lm, steering.forward_kwargs(steering.prepare([head])), 1).sum().item()
         return time.perf_counter() - start
 
 

@@ -23,8 +23,8 @@ from steer.cache import Cache, head_key, key_of, model_key
 from steer.experiments import retrieval
 from steer.experiments.soft_prefixes_data import User, before, cut
 from steer.history import History, Record
-from steer.inject import Edit, PrefixEdit
-from steer.inject.prefix import with_prompts
+from steer.inject import Edit, KeyValueEdit, PrefixEdit
+from steer.inject.prompts import with_prompts
 from steer.likelihood import response_losses
 from steer.method import Method, make_method
 from steer.plan import edits_of
@@ -59,8 +59,8 @@ class Row:
 
     @property
     def prompt_tokens(self) -> int:
-        """All that stands before the response, soft tokens too."""
-        soft = sum(int(edit.lengths.sum()) for edit in self.edits if isinstance(edit, PrefixEdit))
+        """All that stands before the response, soft tokens, keys and values too."""
+        soft = sum(int(edit.added.sum()) for edit in self.edits if isinstance(edit, PrefixEdit | KeyValueEdit))
         return self.span.start + soft
 
 

@@ -13,7 +13,7 @@ from steer.architectures import ONLY_PREFIXES
 from steer.cache import head_key
 from steer.errors import SteerError
 from steer.inject import KeyValueEdit, PrefixEdit, ResidualEdit
-from steer.inject.prefix import with_prompts
+from steer.inject.prompts import with_prompts
 from steer.inject.stream_rows import pad_right
 from steer.read import Kept, Span, by_length
 

@@ -20,11 +20,13 @@ from steer.inject import (
     MemoryEdit,
     NeighbourEdit,
     PrefixEdit,
+    PromptKeyValues,
     PromptPrefix,
     SiteEdit,
     StreamEdit,
 )
-from steer.inject.prefix import runs_of, with_prompts
+from steer.inject.prefix import runs_of
+from steer.inject.prompts import asks, with_prompts, without_prompts
 from steer.inject.residual import in_turn
 from steer.method import METHODS, method_of
 from steer.sites import Site
@@ -50,8 +52,8 @@ Amounts = Amount | Mapping[str, Amount]
 class Plan:
     """The edits of one batch, in order: streams, prefixes, then residual and memory by block, neighbours last.
 
-    A prefix that depends on prompts is zeros until there are some; `prefixes` has its parts, and `runs` says how many
-    of each row's soft tokens stand at which place.
+    A prefix that depends on prompts is zeros until there are some; `prefixes` and `given` have the parts of soft tokens
+    and of keys and values, and `runs` says how many of each row's soft tokens stand at which place.
     """
 
     batch: int
@@ -63,6 +65,7 @@ class Plan:
     models: Mapping[str, FrozenLM] = field(default_factory=dict)
     prefixes: tuple[PrefixEdit | PromptPrefix, ...] = ()
     key_values: KeyValueEdit | None = None
+    given: tuple[KeyValueEdit | PromptKeyValues, ...] = ()
 
     @classmethod
     def of(cls, lm: FrozenLM, edits: Iterable[Edit], batch: int, models: Mapping[str, FrozenLM] | None = None) -> Plan:
@@ -88,9 +91,10 @@ class Plan:
         memory = tuple(replace(e, site=lm.memory_site(e.site)) for e in edits if isinstance(e, MemoryEdit))
         neighbours = tuple(replace(e, site=e.site.canonical()) for e in edits if isinstance(e, NeighbourEdit))
         parts = tuple(e for e in edits if isinstance(e, PrefixEdit | PromptPrefix))
-        prefixes = [part.blank if isinstance(part, PromptPrefix) else part for part in parts]
+        prefixes = [part for part in without_prompts(parts) if isinstance(part, PrefixEdit)]
+        given = tuple(e for e in edits if isinstance(e, KeyValueEdit | PromptKeyValues))
+        key_values = [part for part in without_prompts(given) if isinstance(part, KeyValueEdit)]
         streams = [e for e in edits if isinstance(e, StreamEdit)]
-        key_values = [e for e in edits if isinstance(e, KeyValueEdit)]
         for edit in residual:
             for what, values in edit.states.items():
                 _check(f"{what} for {edit.site}", values, batch, lm.width_at(edit.site))
@@ -106,8 +110,8 @@ class Plan:
             _check(f"outputs of the cross-attention at {attend.site}", attend.layer.out.weight.T, None, lm.width)
         for recalled in neighbours:
             _check(f"keys for {recalled.site}", recalled.keys, batch, lm.width_at(recalled.site))
-        for given in key_values:
-            _require_keys_and_values(lm, given, batch)
+        for states in key_values:
+            _require_keys_and_values(states, batch, (lm.n_layers, *lm.key_value_shape))
         for stream in streams:
             if len(stream.mixtures) != batch:
                 raise SteerError(f"{len(stream.mixtures)} mixtures for a batch of {batch}")
@@ -123,6 +127,7 @@ class Plan:
             models=models or {},
             prefixes=parts,
             key_values=KeyValueEdit.merge(key_values) if key_values else None,
+            given=given,
         )
         plan._require_what_goes_together()
         return plan
@@ -148,15 +153,25 @@ class Plan:
         """The same plan with the prefixes that depend on what each row is asked.
 
         Raises:
-            SteerError: they hold values that are not finite.
+            SteerError: they hold values that are not finite, or are not what they were said to be like.
         """
-        if not any(isinstance(part, PromptPrefix) for part in self.prefixes):
-            return self
-        told = with_prompts(self.prefixes, prompts)
-        prefix = PrefixEdit.concatenate([part for part in told if isinstance(part, PrefixEdit)])
-        assert self.prefix is not None
-        _check("prefixes", prefix.embeddings, self.batch, self.prefix.embeddings.shape[-1])
-        return replace(self, prefix=prefix)
+        told = self
+        if self.prefix is not None and asks(self.prefixes):
+            parts = with_prompts(self.prefixes, prompts)
+            prefix = PrefixEdit.concatenate([part for part in parts if isinstance(part, PrefixEdit)])
+            _check("prefixes", prefix.embeddings, self.batch, self.prefix.embeddings.shape[-1])
+            told = replace(told, prefix=prefix)
+        if self.key_values is not None and asks(self.given):
+            given = [part for part in with_prompts(self.given, prompts) if isinstance(part, KeyValueEdit)]
+            for part in given:
+                _require_keys_and_values(part, self.batch, _shape(self.key_values))
+            told = replace(told, key_values=KeyValueEdit.merge(given))
+        return told
+
+    @property
+    def asks(self) -> bool:
+        """Whether a prefix depends on what the rows are asked."""
+        return asks((*self.prefixes, *self.given))
 
     @property
     def runs(self) -> dict[str | None, Int[Tensor, " batch"]]:
@@ -209,15 +224,20 @@ def _require_model(lm: FrozenLM, name: str, models: Mapping[str, FrozenLM]) -> N
     require_same_vocabulary(lm, models[name], name)
 
 
-def _require_keys_and_values(lm: FrozenLM, edit: KeyValueEdit, batch: int) -> None:
-    heads, key_width, value_width = lm.key_value_shape
+def _require_keys_and_values(edit: KeyValueEdit, batch: int, shape: tuple[int, int, int, int]) -> None:
+    """Raises SteerError unless there are so many layers and heads of these widths."""
+    layers, heads, key_width, value_width = shape
     _check("keys", edit.keys, batch, key_width)
     _check("values", edit.values, batch, value_width)
-    layers, own = edit.keys.shape[1:3]
-    if (layers, own) != (lm.n_layers, heads):
+    if _shape(edit) != shape:
+        own_layers, own, *_ = _shape(edit)
         raise SteerError(
-            f"keys and values of {layers} layers with {own} heads; this model has {lm.n_layers} layers with {heads}"
+            f"keys and values of {own_layers} layers with {own} heads; this model has {layers} layers with {heads}"
         )
+
+
+def _shape(edit: KeyValueEdit) -> tuple[int, int, int, int]:
+    return (*edit.keys.shape[1:3], edit.keys.shape[-1], edit.values.shape[-1])
 
 
 def _check(what: str, values: Tensor, rows: int | None, width: int) -> None:

@@ -17,7 +17,7 @@ from steer.branches import Branches
 from steer.errors import SteerError
 from steer.history import History, Record
 from steer.inject import Condition, Edit, KeyValueEdit, PrefixEdit, StreamEdit
-from steer.inject.prefix import with_prompts
+from steer.inject.prompts import with_prompts
 from steer.likelihood import response_losses
 from steer.mixed import heads_of, mixed_losses
 from steer.plan import Amount, Plan, edits_of

@@ -18,7 +18,7 @@ from steer.inject.key_values import KeyValueEdit
 from steer.inject.memory import AttendToMemory
 from steer.inject.neighbours import RecallNeighbours
 from steer.inject.positions import Gate, MarkedGate, NamedGate, Positions
-from steer.inject.prefix import OverwriteEmbeddings, PromptPrefix
+from steer.inject.prefix import OverwriteEmbeddings
 from steer.inject.residual import AddVectors, EditStates, SiteEdit, operator_of
 from steer.inject.rows import Rows
 from steer.inject.stream_rows import pad_behind, pad_left, pad_right
@@ -91,7 +91,7 @@ class Steering:
         self.has_prefix = any(edit is not None and bool(edit.lengths.any()) for edit in (plan.prefix, plan.key_values))
         self.remembered = plan.key_values is None or not plan.key_values.lengths.any()
         self._starts = self._starts_in_front()
-        self._untold = any(isinstance(part, PromptPrefix) for part in plan.prefixes)
+        self._untold = plan.asks
         if prompt_lengths is not None and len(prompt_lengths) != plan.batch:
             raise SteerError(f"{len(prompt_lengths)} prompt lengths for a batch of {plan.batch}")
 

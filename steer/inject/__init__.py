@@ -1,14 +1,14 @@
 """The ways into the model: residual stream, prefixes, memory, contrasted streams, and neighbours of stored states."""
 
 from steer.inject.condition import Condition, Decision
-from steer.inject.key_values import KeyValueEdit, KeyValues
+from steer.inject.key_values import KeyValueEdit, KeyValues, PromptKeyValues
 from steer.inject.memory import GatedCrossAttention, MemoryEdit
 from steer.inject.neighbours import NeighbourEdit
 from steer.inject.prefix import Place, PrefixEdit, PromptPrefix
 from steer.inject.residual import LowRankEdit, ProjectionEdit, ResidualEdit, SiteEdit
 from steer.inject.streams import Mixture, Stream, StreamEdit
 
-Edit = SiteEdit | PrefixEdit | PromptPrefix | KeyValueEdit | MemoryEdit | StreamEdit | NeighbourEdit
+Edit = SiteEdit | PrefixEdit | PromptPrefix | KeyValueEdit | PromptKeyValues | MemoryEdit | StreamEdit | NeighbourEdit
 
 __all__ = [
     "Condition",
@@ -24,6 +24,7 @@ __all__ = [
     "Place",
     "PrefixEdit",
     "ProjectionEdit",
+    "PromptKeyValues",
     "PromptPrefix",
     "ResidualEdit",
     "SiteEdit",

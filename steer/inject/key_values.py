@@ -6,7 +6,7 @@ history. They enter a forward pass as a cache that is filled already, and are ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -138,6 +138,37 @@ class KeyValueEdit:
                 for states in (self.keys, self.values)
             )
             cache.update(keys, values, layer)
+
+
+@dataclass(frozen=True)
+class PromptKeyValues:
+    """Puts keys and values in front of row b's prompt that depend on what it is asked; else as `PromptPrefix`.
+
+    Attributes:
+        key_values: from the text of each row's prompt to keys and values, as `KeyValueEdit` has them.
+        lengths: of each row; 0 is a row without.
+        like: tells layers, heads, widths, and whether the first slot is that of a BOS token.
+    """
+
+    key_values: Callable[
+        [Sequence[str]], tuple[Float[Tensor, "batch layer head slot k"], Float[Tensor, "batch layer head slot v"]]
+    ]
+    lengths: Int[Tensor, " batch"]
+    like: KeyValues
+
+    def of(self, prompts: Sequence[str]) -> KeyValueEdit:
+        """The keys and values for these prompts, one a row."""
+        return KeyValueEdit(*self.key_values(prompts), self.lengths, self.like.bos)
+
+    @property
+    def blank(self) -> KeyValueEdit:
+        """As many of zeros, which take up no memory."""
+        batch, slots = len(self.lengths), int(self.lengths.max())
+        keys, values = (
+            states.new_zeros(()).expand(batch, *states.shape[:2], slots, states.shape[3])
+            for states in (self.like.keys, self.like.values)
+        )
+        return KeyValueEdit(keys, values, self.lengths, self.like.bos)
 
 
 def _kind(row: KeyValues) -> tuple[int, int, int, int, bool]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,8 +18,6 @@ from steer.kernels import overwrite_rows, slots_at
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,11 +113,6 @@ class PromptPrefix:
         """As many soft tokens of zeros."""
         rows = [torch.zeros(int(length), self.width) for length in self.lengths]
         return PrefixEdit.from_rows(rows, self.width, self.place)
-
-
-def with_prompts(edits: Sequence[T], prompts: Sequence[str]) -> list[T | PrefixEdit]:
-    """The same edits, with those prefixes computed that depend on the rows' prompts."""
-    return [edit.of(prompts) if isinstance(edit, PromptPrefix) else edit for edit in edits]
 
 
 def runs_of(edits: Sequence[PrefixEdit | PromptPrefix]) -> dict[str | None, Int[Tensor, " batch"]]:

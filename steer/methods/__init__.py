@@ -17,6 +17,7 @@ from steer.methods.perfit import PerFit
 from steer.methods.pplug import PPlug
 from steer.methods.prefix_tuning import PrefixTuning
 from steer.methods.proxy_tuning import ProxyTuning
+from steer.methods.recap import Recap
 from steer.methods.repe import RepEPCA
 from steer.methods.style_vector import StyleVector
 from steer.methods.trained_vector import TrainedVector
@@ -42,6 +43,7 @@ __all__ = [
     "PerFit",
     "PrefixTuning",
     "ProxyTuning",
+    "Recap",
     "RepEPCA",
     "StyleVector",
     "TrainedVector",
