@@ -28,7 +28,7 @@ from steer.inject import (
     StreamEdit,
 )
 from steer.key_values import key_values_of
-from steer.method import Method, make_method
+from steer.method import Method, TrainableMethod, make_method
 from steer.methods import (
     CAA,
     KNNLM,
@@ -115,6 +115,7 @@ __all__ = [
     "StreamEdit",
     "StyleVector",
     "TextEncoder",
+    "TrainableMethod",
     "TrainedVector",
     "UnknownUser",
     "UserLLM",

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from steer.errors import SteerError
+from steer.state import Provenance, UserState
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from steer.history import History
     from steer.inject import Edit
     from steer.model import FrozenLM
-    from steer.state import Artifact, Provenance, UserState
+    from steer.state import Artifact
 
 
 class Method(ABC):
@@ -24,12 +28,10 @@ class Method(ABC):
     Attributes:
         name: under which states of this method are stored.
         version: of the stored form; raise it when old states would be read wrongly.
-        trainable: whether there is a module that `steer.train.train_method` can train: `module` and `artifact_of`.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
-    trainable: ClassVar[bool] = False
 
     # What `train` learned, or `use` was given.
     artifact: Artifact | None = None
@@ -51,19 +53,6 @@ class Method(ABC):
             on_progress: told from time to time what share of the work is done.
         """
         return None
-
-    def module(self, lm: FrozenLM, histories: Sequence[History]) -> nn.Module:
-        """The weights that users share, not yet trained, with `edits(examples)`: see `steer.train.trainer.MakesEdits`.
-
-        Args:
-            lm: the model.
-            histories: what may be looked at, without what is set aside for validation.
-        """
-        raise NotImplementedError(f"{self.name} has no module to train")
-
-    def artifact_of(self, lm: FrozenLM, module: nn.Module) -> Artifact:
-        """What is stored of a trained module."""
-        raise NotImplementedError(f"{self.name} has no module to train")
 
     def use(self, lm: FrozenLM, artifact: Artifact) -> None:
         """Takes what was trained before, instead of `train`; a bank keeps it (`bank.put_artifact`, `bank.artifact`).
@@ -118,6 +107,90 @@ class Method(ABC):
 
         `like` is a state of the same kind, to tell sites and widths when all rows are None; its values are not used.
         """
+
+
+class TrainableMethod(Method):
+    """A method whose users share weights that are trained in front of the frozen model; a dataclass.
+
+    Attributes:
+        enters: the sites of its edits, for provenance.
+    """
+
+    enters: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def module(self, lm: FrozenLM, histories: Sequence[History]) -> nn.Module:
+        """The weights that users share, not yet trained, with `edits(examples)`: see `steer.train.trainer.MakesEdits`.
+
+        Args:
+            lm: the model.
+            histories: what may be looked at, without what is set aside for validation.
+        """
+
+    @abstractmethod
+    def artifact_of(self, lm: FrozenLM, module: nn.Module) -> Artifact:
+        """What is stored of a trained module; its settings have the hyper-parameters."""
+
+    def train(
+        self, lm: FrozenLM, histories: Iterable[History], on_progress: Callable[[float], None] | None = None
+    ) -> Artifact:
+        """Trains the shared weights: one epoch as `steer.train.train_method` has it, and no checkpoint is left.
+
+        For how long, how fast and where, and to go on after an interruption, call that.
+
+        Raises:
+            SteerError: as `train_method`.
+        """
+        # Late, as training knows methods.
+        from steer.train import train_method
+
+        with TemporaryDirectory() as folder:
+            return train_method(lm, self, list(histories), out=Path(folder) / "run", epochs=1, on_progress=on_progress)[
+                0
+            ]
+
+    def use(self, lm: FrozenLM, artifact: Artifact) -> None:
+        """Takes what was trained before.
+
+        Raises:
+            SteerError: it is of another method, version or model, or was trained with other hyper-parameters, which
+                `steer.train.method_of` takes from it.
+        """
+        super().use(lm, artifact)
+        for name, own in self.hyper_parameters.items():
+            if artifact.settings[name] != own:
+                self.artifact = None
+                raise SteerError(f"the artifact was trained with {name}={artifact.settings[name]!r}, this has {own!r}")
+
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Those that shared weights are trained for, and work with no others."""
+        return asdict(cast(Any, self))
+
+    def _require_trained(self, lm: FrozenLM) -> Artifact:
+        if self.artifact is None:
+            raise SteerError(
+                "the shared weights come first: train them (steer.train.train_method), or use(lm, artifact)"
+            )
+        self._require_model(lm, self.artifact)
+        return self.artifact
+
+    def _require_own(self, state: UserState) -> None:
+        if self.artifact is None or state.provenance.artifact != self.artifact.hash:
+            raise SteerError("the state was fitted with other shared weights; fit it again, or use those it names")
+
+    def _state(self, tensors: Mapping[str, Tensor], records: Sequence[str]) -> UserState:
+        """What a user has under the shared weights, made of these records."""
+        assert self.artifact is not None
+        provenance = Provenance(
+            method=self.name,
+            version=self.version,
+            model=self.artifact.model,
+            sites=self.enters,
+            artifact=self.artifact.hash,
+            records=tuple(records),
+        )
+        return UserState(provenance, tensors)
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -560,11 +560,10 @@ def test_two_processes_train_as_one_does(llama: steer.FrozenLM, tmp_path: Path) 
 
 
 @dataclass
-class Toy(steer.Method):
+class Toy(steer.TrainableMethod):
     """A method around the module of these tests."""
 
     name: ClassVar[str] = "toy"
-    trainable: ClassVar[bool] = True
 
     scale: float = 1.0
 
@@ -608,6 +607,17 @@ def test_a_method_is_trained_into_an_artifact(llama: steer.FrozenLM, tmp_path: P
         train_method(llama, Toy(scale=0.6), crowd(), out=tmp_path / "one", resume=True, **settings)
     with pytest.raises(steer.SteerError, match=r"prefix_tuning has no module to train; methods that have:.*\btoy"):
         train_method(llama, steer.PrefixTuning(), crowd(), out=tmp_path / "four")
+
+
+def test_a_method_trains_for_an_epoch_by_itself(llama: steer.FrozenLM, tmp_path: Path) -> None:
+    method, told = Toy(scale=0.5), list[float]()
+    artifact = method.train(llama, crowd(), told.append)
+    expected, trained = train_method(llama, Toy(scale=0.5), crowd(), out=tmp_path / "one", epochs=1)
+    assert method.artifact is artifact
+    assert artifact.hash == expected.hash
+    assert (len(told), told[-1]) == (trained.steps, 1.0)
+    with pytest.raises(steer.SteerError, match=r"trained with scale=0\.5, this has 0\.6"):
+        Toy(scale=0.6).use(llama, artifact)
 
 
 def test_artifacts_in_folders_are_checked(llama: steer.FrozenLM, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def extract(
     """
     from steer import Bank, NaturalGradient, StyleVector, read_histories
     from steer.cache import Cache
+    from steer.method import TrainableMethod
     from steer.train import load_artifact, method_of
 
     settings = options.parse_settings(setting or [])
@@ -133,7 +134,7 @@ def extract(
     if artifact is not None and resume is not None:
         raise SteerError("--resume keeps readings of the model, and --trained methods make none; leave it out")
     fitting = _method(method, settings | layers, of_style, paper)
-    if artifact is None and fitting.trainable:
+    if artifact is None and isinstance(fitting, TrainableMethod):
         raise SteerError(
             f"{fitting.name} is trained first: steer train {fitting.name} …, and give its folder as --trained"
         )

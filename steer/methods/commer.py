@@ -38,11 +38,11 @@ from steer.errors import SteerError
 from steer.history import History, Record
 from steer.inject import Edit, PrefixEdit
 from steer.inject.stream_rows import pad_left
-from steer.method import Method
+from steer.method import TrainableMethod
 from steer.methods.vectors import ids_of_new
 from steer.read import by_length, record_span, require_room
 from steer.sites import Site
-from steer.state import Artifact, Provenance, UserState
+from steer.state import Artifact, UserState
 from steer.twin import twin_of
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ _SUM, _NOBODY = "sum", "nobody"
 
 
 @dataclass
-class ComMer(Method):
+class ComMer(TrainableMethod):
     """Soft tokens that a trained compressor makes of a user's texts: `tokens` · width numbers, however many texts.
 
     Args:
@@ -87,7 +87,7 @@ class ComMer(Method):
     """
 
     name: ClassVar[str] = "commer"
-    trainable: ClassVar[bool] = True
+    enters: ClassVar[tuple[str, ...]] = (str(Site("embed")),)
 
     tokens: int = 16
     rank: int = 64
@@ -157,7 +157,7 @@ class ComMer(Method):
         Raises:
             SteerError: the compressor was not trained, or with another model.
         """
-        return self._state(self._trained(lm).merged(history), [record.id for record in history])
+        return self._state({_SUM: self._trained(lm).merged(history).total}, [record.id for record in history])
 
     def update(self, lm: FrozenLM, state: UserState, records: Iterable[Record]) -> UserState:
         """The state with records added, a history's or others, as if they had been there; it costs reading these.
@@ -169,7 +169,7 @@ class ComMer(Method):
         self._require_own(state)
         known = state.provenance.records
         new = ids_of_new(records, known)
-        return self._state(_merged(state) + compressor.merged(records), [*known, *new])
+        return self._state({_SUM: (_merged(state) + compressor.merged(records)).total}, [*known, *new])
 
     def remove(self, lm: FrozenLM, state: UserState, records: Iterable[Record]) -> UserState:
         """The state without these records, as if they had never been there; it costs reading them once more.
@@ -190,7 +190,7 @@ class ComMer(Method):
         if strange := [name for name in gone if name not in known]:
             raise SteerError(f"record {strange[0]!r} is not in the state")
         left = [name for name in known if name not in gone]
-        return self._state(_merged(state) - compressor.merged(gone.values()), left)
+        return self._state({_SUM: (_merged(state) - compressor.merged(gone.values())).total}, left)
 
     @classmethod
     def bind(
@@ -201,47 +201,11 @@ class ComMer(Method):
         prefixes = [None if state is None else _mean(state, artifact) for state in states]
         return [PrefixEdit.from_rows(prefixes, like.tensors[_SUM].shape[-1])]
 
-    def use(self, lm: FrozenLM, artifact: Artifact) -> None:
-        """Takes what was trained before.
-
-        Raises:
-            SteerError: it is of another method, version or model, or was trained with other hyper-parameters, which
-                `steer.train.method_of` takes from it.
-        """
-        super().use(lm, artifact)
-        for name, own in asdict(self).items():
-            if artifact.settings[name] != own:
-                self.artifact = None
-                raise SteerError(f"the artifact was trained with {name}={artifact.settings[name]!r}, this has {own!r}")
-
-    def _require_own(self, state: UserState) -> None:
-        if self.artifact is None or state.provenance.artifact != self.artifact.hash:
-            raise SteerError("the state was fitted with other shared weights; fit it again, or use those it names")
-
-    def _state(self, merged: Merged, records: Sequence[str]) -> UserState:
-        assert self.artifact is not None
-        return UserState(
-            provenance=Provenance(
-                method=self.name,
-                version=self.version,
-                model=self.artifact.model,
-                sites=(str(Site("embed")),),
-                artifact=self.artifact.hash,
-                records=tuple(records),
-            ),
-            tensors={_SUM: merged.total},
-        )
-
     def _trained(self, lm: FrozenLM) -> Compressor:
         """The compressor of the artifact, built once."""
-        if self.artifact is None:
-            raise SteerError(
-                "the shared weights come first: train them (steer.train.train_method), or use(lm, artifact)"
-            )
-        self._require_model(lm, self.artifact)
-        known = self._compressor
-        if known is None or known.artifact is not self.artifact or not known.shares(lm):
-            known = self._compressor = _of_artifact(self, lm, self.artifact)
+        artifact, known = self._require_trained(lm), self._compressor
+        if known is None or known.artifact is not artifact or not known.shares(lm):
+            known = self._compressor = _of_artifact(self, lm, artifact)
         return known
 
 

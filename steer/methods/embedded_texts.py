@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 from torch import nn
 
 from steer.errors import SteerError
 from steer.history import History, Record
-from steer.method import Method
-from steer.state import Artifact, Provenance, UserState
+from steer.method import TrainableMethod
+from steer.state import Artifact, UserState
 from steer.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Text = Literal["both", "response"]
 
 
 @dataclass
-class EmbeddedTexts(Method):
+class EmbeddedTexts(TrainableMethod):
     """A method that makes edits of the embeddings of a user's texts, by a module that is trained for all users.
 
     A user without records has a state too: that of somebody whose only text is the mean of all that was trained on.
@@ -37,10 +37,6 @@ class EmbeddedTexts(Method):
         text: what of a record is encoded: the response with its prompt behind it, or the response.
         max_tokens: of a text that is encoded; None is what the encoder was made for.
     """
-
-    trainable: ClassVar[bool] = True
-    # Where the edits enter, for provenance.
-    enters: ClassVar[tuple[str, ...]] = ()
 
     encoder: str = "all-minilm-l6-v2"
     text: Text = "both"
@@ -66,7 +62,7 @@ class EmbeddedTexts(Method):
         Raises:
             SteerError: the shared weights were not trained, or with another model or encoder.
         """
-        return self._state(self._embeddings(lm, history), [record.id for record in history])
+        return self._state({"items": self._embeddings(lm, history)}, [record.id for record in history])
 
     def update(self, lm: FrozenLM, state: UserState, history: History) -> UserState:
         """The state with records added, as if they had been there; what it costs depends on them alone.
@@ -79,7 +75,7 @@ class EmbeddedTexts(Method):
         if twice := [record.id for record in history if record.id in known]:
             raise SteerError(f"record {twice[0]!r} is in the state already")
         items = torch.cat([state.tensors["items"], self._embeddings(lm, history)])
-        return self._state(items, [*known, *(record.id for record in history)])
+        return self._state({"items": items}, [*known, *(record.id for record in history)])
 
     def remove(self, state: UserState, records: Sequence[str]) -> UserState:
         """The state without these records, by their ids, as if they had never been there.
@@ -92,21 +88,12 @@ class EmbeddedTexts(Method):
         if strange := [record for record in records if record not in known]:
             raise SteerError(f"record {strange[0]!r} is not in the state")
         kept = [i for i, record in enumerate(known) if record not in set(records)]
-        provenance = replace(state.provenance, records=tuple(known[i] for i in kept))
-        return UserState(provenance, {"items": state.tensors["items"][kept].clone()})
+        return self._state({"items": state.tensors["items"][kept].clone()}, [known[i] for i in kept])
 
-    def use(self, lm: FrozenLM, artifact: Artifact) -> None:
-        """Takes what was trained before.
-
-        Raises:
-            SteerError: it is of another method, version or model, or was trained with other hyper-parameters, which
-                `steer.train.method_of` takes from it.
-        """
-        super().use(lm, artifact)
-        for name, own in asdict(self).items():
-            if name != "encoder" and artifact.settings[name] != own:
-                self.artifact = None
-                raise SteerError(f"the artifact was trained with {name}={artifact.settings[name]!r}, this has {own!r}")
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """All but the encoder's name, as it is compared by what is in it."""
+        return {name: own for name, own in super().hyper_parameters.items() if name != "encoder"}
 
     @classmethod
     def trained_with(cls, artifact: Artifact, device: torch.device) -> tuple[Self, TextEncoder]:
@@ -142,32 +129,10 @@ class EmbeddedTexts(Method):
         return encoder, embeddings.mean(0)
 
     def _embeddings(self, lm: FrozenLM, history: History) -> Float[Tensor, "text d_in"]:
-        if self.artifact is None:
-            raise SteerError(
-                "the shared weights come first: train them (steer.train.train_method), or use(lm, artifact)"
-            )
-        self._require_model(lm, self.artifact)
+        artifact = self._require_trained(lm)
         encoder = _encoder(self.encoder, self.max_tokens, str(lm.device))
-        _require_encoder(encoder, self.artifact)
+        _require_encoder(encoder, artifact)
         return encoder.encode([self.text_of(record) for record in history])
-
-    def _require_own(self, state: UserState) -> None:
-        if self.artifact is None or state.provenance.artifact != self.artifact.hash:
-            raise SteerError("the state was fitted with other shared weights; fit it again, or use those it names")
-
-    def _state(self, items: Tensor, records: Sequence[str]) -> UserState:
-        assert self.artifact is not None
-        return UserState(
-            provenance=Provenance(
-                method=self.name,
-                version=self.version,
-                model=self.artifact.model,
-                sites=self.enters,
-                artifact=self.artifact.hash,
-                records=tuple(records),
-            ),
-            tensors={"items": items},
-        )
 
 
 class FromTexts(nn.Module):

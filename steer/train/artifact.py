@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from steer.bank import artifacts
 from steer.errors import Damage, SteerError
 from steer.files import draft
-from steer.method import METHODS, make_method
+from steer.method import METHODS, TrainableMethod, make_method
 from steer.train.examples import split_examples
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def train_method(
     # Late: the Trainer takes seconds to import.
     from steer.train.trainer import train_shared
 
-    require_trainable(method)
+    method = require_trainable(method)
     split = split_examples(
         lm,
         histories,
@@ -76,9 +76,9 @@ def train_method(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = method.module(lm, split.known)
-    hyper: dict[str, Any] = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
     # Through JSON, as that is what a resumed run is compared with.
-    about = {"method": method.name, "version": method.version, "settings": json.loads(json.dumps(hyper, default=str))}
+    settled = json.loads(json.dumps(asdict(cast(Any, method)), default=str))
+    about = {"method": method.name, "version": method.version, "settings": settled}
     trained = train_shared(lm, module, split.train, split.validation, out=out, seed=seed, about=about, **settings)
     artifact = method.artifact_of(lm, module)
     save_artifact(out, artifact)
@@ -102,11 +102,12 @@ def method_of(lm: FrozenLM, artifact: Artifact) -> Method:
     return method
 
 
-def require_trainable(method: Method) -> None:
-    """Raises SteerError if the method has no module to train."""
-    if not method.trainable:
-        known = ", ".join(sorted(name for name, other in METHODS.items() if other.trainable)) or "none"
-        raise SteerError(f"{method.name} has no module to train; methods that have: {known}")
+def require_trainable(method: Method) -> TrainableMethod:
+    """The method. Raises SteerError if it has no module to train."""
+    if not isinstance(method, TrainableMethod):
+        known = ", ".join(sorted(name for name, other in METHODS.items() if issubclass(other, TrainableMethod)))
+        raise SteerError(f"{method.name} has no module to train; methods that have: {known or 'none'}")
+    return method
 
 
 def save_artifact(folder: str | Path, artifact: Artifact) -> None:
