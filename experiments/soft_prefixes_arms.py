@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from steer.inject import Edit, KeyValueEdit, PrefixEdit
 from steer.inject.prompts import with_prompts
 from steer.likelihood import response_losses
 from steer.method import Method, make_method
+from steer.methods.embedded_texts import EmbeddedTexts
 from steer.plan import edits_of
 from steer.read import Span, require_room
 from steer.state import Artifact, Provenance, UserState
@@ -288,7 +290,8 @@ class Fitted(Arm):
                 method.use(lm, artifact)
 
             def make() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-                made = method.fit(lm, history)
+                with _embedding_anew(lm, method):
+                    made = method.fit(lm, history)
                 return made.tensors, {"provenance": made.provenance.to_json(), "data": made.data}
 
             key = key_of(self._key(lm), "state", None if artifact is None else artifact.hash, repr(history))
@@ -306,6 +309,20 @@ class Fitted(Arm):
     def _key(self, lm: FrozenLM) -> str:
         own = {name: value for name, value in self.settings().items() if name != "dose"}
         return key_of(model_key(lm), head_key(lm), own)
+
+
+@contextmanager
+def _embedding_anew(lm: FrozenLM, method: Method) -> Iterator[None]:
+    """What a user costs is timed in here, and not a look at what training has embedded."""
+    encoder = method.text_encoder(lm) if isinstance(method, EmbeddedTexts) else None
+    kept = None if encoder is None else encoder.cache
+    try:
+        if encoder is not None:
+            encoder.cache = None
+        yield
+    finally:
+        if encoder is not None:
+            encoder.cache = kept
 
 
 def arms(lm: FrozenLM, users: Sequence[User], cache: Cache, *, tokens: int, records: int) -> dict[str, Arm]:

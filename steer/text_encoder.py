@@ -42,6 +42,9 @@ class TextEncoder:
         device: a GPU if there is one, by default.
         batch_tokens: largest forward pass, with padding.
 
+    Attributes:
+        cache: as above; None for as long as embeddings are to be computed, such as to time it.
+
     Raises:
         SteerError: sentence-transformers is missing, there is no such encoder, or it cannot read so many tokens.
     """
@@ -57,7 +60,7 @@ class TextEncoder:
         batch_tokens: int = 8192,
     ) -> None:
         self.name = _name(name)
-        self._cache = embeddings_cache() if cache == "default" else cache
+        self.cache = embeddings_cache() if cache == "default" else cache
         self._batch_tokens = batch_tokens
         model = _load(name, device)
         if max_tokens is not None:
@@ -131,9 +134,9 @@ class TextEncoder:
     def _batches(self, texts: dict[str, str], prefix: str) -> Iterator[dict[str, Tensor]]:
         """Embeddings by key: what is in the cache at once, and then batch by batch, each kept before it is given."""
         found = dict[str, bytes]()
-        if self._cache is not None:
+        if self.cache is not None:
             with if_possible("embeddings"):
-                found = self._cache.get(list(texts))
+                found = self.cache.get(list(texts))
         if found:
             yield {key: load(value)["embedding"] for key, value in found.items()}
         missing = [key for key in texts if key not in found]
@@ -143,9 +146,9 @@ class TextEncoder:
             with torch.no_grad(), torch.autocast(self._encoder.model.device.type, enabled=False):
                 embeddings = self._encoder(self._encoder.tokenize([texts[key] for key in batch], prefix))
             new = dict(zip(batch, embeddings.float().cpu(), strict=True))
-            if self._cache is not None:
+            if self.cache is not None:
                 with if_possible("embeddings"):
-                    self._cache.put({key: save({"embedding": row.clone()}) for key, row in new.items()})
+                    self.cache.put({key: save({"embedding": row.clone()}) for key, row in new.items()})
             yield new
 
     def _lengths(self, texts: Sequence[str]) -> dict[int, int]:

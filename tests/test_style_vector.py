@@ -533,7 +533,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("method", ["style-vector", "natural-gradient"])
+@pytest.mark.parametrize("method", ["style-vector", pytest.param("natural-gradient", marks=pytest.mark.full)])
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_killed_extraction_goes_on_where_it_stopped(folder: Path, method: str) -> None:
     def run(last: int, *extra: str) -> tuple[int, int | None]:

@@ -426,7 +426,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Soft, Trained]:
         return module, run(lm, tmp_path_factory.mktemp("whole") / "run", module)
 
 
-@pytest.mark.parametrize("call", [2, 11, 30])
+@pytest.mark.parametrize("call", [2, pytest.param(11, marks=pytest.mark.full), 30])
 def test_an_interrupted_run_goes_on_to_the_same_end(
     llama: steer.FrozenLM, tmp_path: Path, whole: tuple[Soft, Trained], call: int
 ) -> None:

@@ -116,6 +116,7 @@ def test_a_unit_is_of_eight_texts_at_most(
     assert every_other == training_units(llama, [spans], [SITE], **settings)
 
 
+@pytest.mark.full
 def test_a_unit_moves_predictions_by_about_half_a_nat() -> None:
     if not embedded.installed("smollm2-135m"):
         pytest.skip("needs the model: steer models pull smollm2-135m")

@@ -13,6 +13,7 @@ from torch import nn
 from steer.errors import SteerError
 from steer.history import History, Record
 from steer.method import TrainableMethod
+from steer.methods.vectors import ids_of_new
 from steer.state import Artifact, UserState
 from steer.text_encoder import TextEncoder
 
@@ -65,17 +66,16 @@ class EmbeddedTexts(TrainableMethod):
         return self._state({"items": self._embeddings(lm, history)}, [record.id for record in history])
 
     def update(self, lm: FrozenLM, state: UserState, history: History) -> UserState:
-        """The state with records added, as if they had been there; what it costs depends on them alone.
+        """The state with records added, as the newest ones; what it costs depends on them alone.
 
         Raises:
             SteerError: as `fit`; or a record is there already.
         """
         self._require_own(state)
         known = state.provenance.records
-        if twice := [record.id for record in history if record.id in known]:
-            raise SteerError(f"record {twice[0]!r} is in the state already")
+        new = ids_of_new(history.records, known)
         items = torch.cat([state.tensors["items"], self._embeddings(lm, history)])
-        return self._state({"items": items}, [*known, *(record.id for record in history)])
+        return self._state({"items": items}, [*known, *new])
 
     def remove(self, state: UserState, records: Sequence[str]) -> UserState:
         """The state without these records, by their ids, as if they had never been there.
@@ -107,6 +107,10 @@ class EmbeddedTexts(TrainableMethod):
         _require_encoder(encoder, artifact)
         return method, encoder
 
+    def text_encoder(self, lm: FrozenLM) -> TextEncoder:
+        """The frozen encoder, loaded once for all methods that have the same, on the model's device."""
+        return _encoder(self.encoder, self.max_tokens, str(lm.device))
+
     def text_of(self, record: Record) -> str:
         """What is encoded of a record."""
         # The response first: what is beyond the encoder's window is cut, and it tells more of who wrote it.
@@ -122,7 +126,7 @@ class EmbeddedTexts(TrainableMethod):
         self, lm: FrozenLM, histories: Sequence[History]
     ) -> tuple[TextEncoder, Float[Tensor, " d_in"]]:
         """The encoder, and the mean embedding of all that may be trained on."""
-        encoder = _encoder(self.encoder, self.max_tokens, str(lm.device))
+        encoder = self.text_encoder(lm)
         embeddings = encoder.encode([self.text_of(record) for history in histories for record in history])
         if not len(embeddings):
             raise SteerError("there are no records to train on")
@@ -130,7 +134,7 @@ class EmbeddedTexts(TrainableMethod):
 
     def _embeddings(self, lm: FrozenLM, history: History) -> Float[Tensor, "text d_in"]:
         artifact = self._require_trained(lm)
-        encoder = _encoder(self.encoder, self.max_tokens, str(lm.device))
+        encoder = self.text_encoder(lm)
         _require_encoder(encoder, artifact)
         return encoder.encode([self.text_of(record) for record in history])
 
