@@ -164,4 +164,5 @@ def test_new_processes_measure_themselves(bank: Any, tmp_path: Path) -> None:
         "anonymous MiB, peak",
         "mapped MiB",
     }
-    assert 0 <= found["anonymous MiB"] <= found["anonymous MiB, peak"] < 100
+    # A difference: an allocator may have given a little back.
+    assert -2 < found["anonymous MiB"] <= found["anonymous MiB, peak"] < 100
