@@ -9,6 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from letters import (
+    HISTORIES,
+    assert_it_learns_who_writes,
+    assert_records_come_and_go,
+    assert_rows_are_alone,
+    trained,
+    write_histories,
+)
 from models import tiny, tokenizer
 from rows import assert_close
 from test_text_encoder import make
@@ -16,13 +24,13 @@ from torch.nn.functional import gelu
 from typer.testing import CliRunner
 
 import steer
-from steer import History, PPlug, Record
+from steer import PPlug
 from steer.cli.app import app
 from steer.likelihood import response_losses
 from steer.method import METHODS
 from steer.read import record_span
 from steer.text_encoder import TextEncoder
-from steer.train import load_artifact, method_of, split_examples, train_method
+from steer.train import load_artifact, method_of
 from steer.train.examples import Example
 
 PERSONAS = ["attention", "mean", "perceiver", "items"]
@@ -33,18 +41,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make(tmp_path_factory.mktemp("encoder")))
 
 
-def history(user: str, word: str, count: int = 6) -> History:
-    records = [Record(user, f"{word} {word} {i}", f"question {i}", time=float(i)) for i in range(count)]
-    return History(user, tuple(records))
-
-
-HISTORIES = [history("ann", "aaa"), history("bob", "bbbb", 5), history("cid", "cc", 4), history("dot", "ddd")]
-
-
-def trained(lm: steer.FrozenLM, encoder: str, folder: Path, **settings: Any) -> PPlug:
-    method = PPlug(encoder=encoder, **settings)
-    train_method(lm, method, HISTORIES, out=folder / "out", steps=3, batch=4, strangers=0.0, learning_rate=1e-2)
-    return method
+def pplug(lm: steer.FrozenLM, encoder: str, folder: Path, **settings: Any) -> PPlug:
+    return trained(lm, PPlug(encoder=encoder, **settings), folder)
 
 
 def test_soft_tokens_are_the_papers(llama: steer.FrozenLM, encoder: str) -> None:
@@ -83,7 +81,7 @@ def test_states_give_what_was_trained(
     """A stored state in a batch gives the loss that its history gave in training."""
     if query == "frozen" and persona != "attention":
         pytest.skip("only attention has a query")
-    method = trained(llama, encoder, tmp_path, persona=persona, query=query, slots=3)
+    method = pplug(llama, encoder, tmp_path, persona=persona, query=query, slots=3)
     assert method.artifact is not None
     before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
     with steer.Bank(tmp_path / "people.bank") as bank:
@@ -100,65 +98,25 @@ def test_states_give_what_was_trained(
         examples = [Example(h, whole.records[-1], span) for h, whole, span in zip(known, HISTORIES, spans, strict=True)]
         expected, _ = response_losses(llama, spans, plug.edits(examples))
         assert_close(found, expected)
-        # Alone or in a batch, with plain rows and strangers among them.
-        users, prompts = ["ann", None, "dot", "cid"], ["question 5", "question 5", "x", "question 3"]
-        together = llama.generate_tokens(prompts, users, bank, max_new_tokens=5)
-        assert together == [
-            llama.generate_tokens([p], [u], bank, max_new_tokens=5)[0] for p, u in zip(prompts, users, strict=True)
-        ]
-        assert together[1] == llama.generate_tokens(["question 5"], max_new_tokens=5)[0]
+        together = assert_rows_are_alone(llama, bank)
         assert together[0] != together[1]
     assert all(torch.equal(before[name], tensor) for name, tensor in llama.model.state_dict().items())
     assert all(parameter.grad is None for parameter in llama.model.parameters())
 
 
 def test_it_learns_who_writes(llama: steer.FrozenLM, encoder: str, tmp_path: Path) -> None:
-    """Users whose texts are of one letter each: later ones become likelier with one's own state than with another's."""
-    method = PPlug(encoder=encoder)
-    split = split_examples(llama, HISTORIES, strangers=0.0, later=0.2)
-    _, result = train_method(
-        llama, method, HISTORIES, out=tmp_path / "out", steps=60, batch=8, strangers=0.0, later=0.2, learning_rate=3e-3
-    )
-    first = next(entry["eval_loss"] for entry in result.log if "eval_loss" in entry)
-    assert result.losses["all"] < first - 0.5
-    states = {h.user_id: method.fit(llama, h.first(3)) for h in HISTORIES}
-    own, other = [], []
-    for example in split.later:
-        users = [example.record.user_id, *sorted(set(states) - {example.record.user_id})]
-        rows = [states[user] for user in users]
-        losses, _ = response_losses(
-            llama, [example.span] * len(rows), METHODS["pplug"].bind(llama, rows, rows[0], method.artifact)
-        )
-        own.append(losses[0].item())
-        other.append(losses[1:].mean().item())
-    assert np.mean(own) < np.mean(other)
+    assert_it_learns_who_writes(llama, PPlug(encoder=encoder), tmp_path, learning_rate=3e-3)
 
 
 def test_nobody_and_records_that_come_and_go(llama: steer.FrozenLM, encoder: str, tmp_path: Path) -> None:
-    method = trained(llama, encoder, tmp_path)
-    whole, first = method.fit(llama, HISTORIES[0]), method.fit(llama, HISTORIES[0].first(4))
-    grown = method.update(llama, first, History("ann", HISTORIES[0].records[4:]))
-    assert torch.equal(grown.tensors["items"], whole.tensors["items"])
-    assert grown.provenance == whole.provenance
-    back = method.remove(grown, [record.id for record in HISTORIES[0].records[4:]])
-    assert torch.equal(back.tensors["items"], first.tensors["items"])
-    assert back.provenance == first.provenance
-    with pytest.raises(steer.SteerError, match="is in the state already"):
-        method.update(llama, whole, HISTORIES[0].first(1))
-    with pytest.raises(steer.SteerError, match="'stranger' is not in the state"):
-        method.remove(whole, ["stranger"])
-    other = trained(llama, encoder, tmp_path / "other", text="response")
-    for change in (lambda: other.update(llama, whole, HISTORIES[1]), lambda: other.remove(whole, [])):
-        with pytest.raises(steer.SteerError, match="fitted with other shared weights"):
-            change()
+    method = pplug(llama, encoder, tmp_path)
+    other = pplug(llama, encoder, tmp_path / "other", text="response")
+    whole, nobody, mean = assert_records_come_and_go(llama, method, other)
     with pytest.raises(steer.SteerError, match="trained with text='response', this has 'both'"):
         PPlug(encoder=encoder).use(llama, other.artifact)  # type: ignore[arg-type]
     assert whole.tensors["items"].shape == (6, 24)
     assert whole.nbytes == 6 * 24 * 4
     # A user without records is one whose only text is the mean.
-    nobody = method.fit(llama, History("new", ()))
-    assert nobody.tensors["items"].shape == (0, 24)
-    mean = steer.UserState(nobody.provenance, {"items": method.artifact.tensors["nobody"][None]})  # type: ignore[union-attr]
     artifacts = [method.artifact]
     assert llama.generate(["x"], states=[nobody], artifacts=artifacts, max_new_tokens=6) == llama.generate(
         ["x"], states=[mean], artifacts=artifacts, max_new_tokens=6
@@ -174,7 +132,7 @@ def test_what_cannot_be_is_refused(llama: steer.FrozenLM, encoder: str, tmp_path
         PPlug(encoder=encoder).fit(llama, HISTORIES[0])
     with pytest.raises(steer.SteerError, match="no records to train on"):
         PPlug(encoder=encoder).module(llama, [])
-    method = trained(llama, encoder, tmp_path)
+    method = pplug(llama, encoder, tmp_path)
     other = PPlug(encoder=str(make(tmp_path, seed=1)))
     other.use(llama, method.artifact)  # type: ignore[arg-type]
     with pytest.raises(steer.SteerError, match="were trained with the encoder"):
@@ -192,11 +150,7 @@ def test_from_the_command_line(
     """Trained, fitted and used by the three commands, as in Python."""
     monkeypatch.setattr("steer.cli.options.load", lambda *_: llama)
     file, out, bank = tmp_path / "texts.jsonl", tmp_path / "out", tmp_path / "people.bank"
-    records = [record for whole in HISTORIES for record in whole]
-    lines = (
-        {"user_id": r.user_id, "prompt": r.prompt, "text": r.response, "id": r.id, "time": r.time} for r in records
-    )
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_histories(file)
 
     def run(*arguments: object) -> Any:
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -223,7 +177,7 @@ def test_from_the_command_line(
 def test_in_front_of_an_encoder(encoder: str, tmp_path: Path) -> None:
     """A state gives the loss that its history gave in training, in T5 too."""
     with steer.wrap(tiny("t5"), tokenizer(eos=True)) as t5:
-        method = trained(t5, encoder, tmp_path)
+        method = pplug(t5, encoder, tmp_path)
         whole = HISTORIES[0]
         span = record_span(t5, whole.records[3])
         state = method.fit(t5, whole.first(3))

@@ -10,6 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from letters import (
+    HISTORIES,
+    assert_it_learns_who_writes,
+    assert_records_come_and_go,
+    assert_rows_are_alone,
+    trained,
+    write_histories,
+)
 from models import tiny, tokenizer
 from rows import assert_close
 from test_text_encoder import make
@@ -18,7 +26,7 @@ from torch.nn.functional import layer_norm
 from typer.testing import CliRunner
 
 import steer
-from steer import History, KeyValueEdit, PromptKeyValues, Recap, Record
+from steer import KeyValueEdit, PromptKeyValues, Recap, Record
 from steer.cli.app import app
 from steer.likelihood import last_logits, response_losses
 from steer.method import METHODS
@@ -26,7 +34,7 @@ from steer.methods.recap import PrefixEncoder
 from steer.read import record_span
 from steer.score import row_losses
 from steer.text_encoder import TextEncoder
-from steer.train import load_artifact, method_of, split_examples, train_method
+from steer.train import load_artifact, method_of
 from steer.train.examples import Example
 
 PROMPTS = ["greet me", "the weather, in detail?", "x", "say bye"]
@@ -128,18 +136,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make(tmp_path_factory.mktemp("encoder")))
 
 
-def history(user: str, word: str, count: int = 6) -> History:
-    records = [Record(user, f"{word} {word} {i}", f"question {i}", time=float(i)) for i in range(count)]
-    return History(user, tuple(records))
-
-
-HISTORIES = [history("ann", "aaa"), history("bob", "bbbb", 5), history("cid", "cc", 4), history("dot", "ddd")]
-
-
-def trained(lm: steer.FrozenLM, encoder: str, folder: Path, **settings: Any) -> Recap:
-    method = Recap(encoder=encoder, **{"slots": 3, "retrieved": 2} | settings)
-    train_method(lm, method, HISTORIES, out=folder / "out", steps=3, batch=4, strangers=0.0, learning_rate=1e-2)
-    return method
+def recap(lm: steer.FrozenLM, encoder: str, folder: Path, **settings: Any) -> Recap:
+    return trained(lm, Recap(encoder=encoder, **{"slots": 3, "retrieved": 2} | settings), folder)
 
 
 def examples_of(lm: steer.FrozenLM, known: Sequence[int] = (1, 3, 2, 5)) -> list[Example]:
@@ -225,7 +223,7 @@ def test_it_begins_with_the_models_own(arch: str, bos: bool, encoder: str) -> No
 
 def test_states_give_what_was_trained(llama: steer.FrozenLM, encoder: str, tmp_path: Path) -> None:
     """A stored state in a batch gives the loss that its history gave in training; alone, with others, and cached."""
-    method = trained(llama, encoder, tmp_path)
+    method = recap(llama, encoder, tmp_path)
     assert method.artifact is not None
     before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
     with steer.Bank(tmp_path / "people.bank") as bank:
@@ -244,14 +242,7 @@ def test_states_give_what_was_trained(llama: steer.FrozenLM, encoder: str, tmp_p
         assert_close(found, expected.detach())
         for state, span, loss in zip(states, spans, found, strict=True):
             assert_close(response_losses(llama, [span], Recap.bind(llama, [state], state, artifact))[0], loss[None])
-        # Alone or in a batch, with plain rows and strangers among them.
-        users, prompts = ["ann", None, "dot", "cid"], ["question 5", "question 5", "x", "question 3"]
-        together = llama.generate_tokens(prompts, users, bank, max_new_tokens=5)
-        assert together == [
-            llama.generate_tokens([p], [u], bank, max_new_tokens=5)[0] for p, u in zip(prompts, users, strict=True)
-        ]
-        plain = llama.generate_tokens(["question 5"], max_new_tokens=5)
-        assert together[1] == plain[0]
+        plain = [assert_rows_are_alone(llama, bank)[1]]
         assert llama.generate_tokens(["question 5"], [None], bank, max_new_tokens=5) == plain
         # What is decoded with a cache is what one forward pass gives.
         edits = Recap.bind(llama, [states[0]], states[0], artifact)
@@ -274,25 +265,8 @@ def test_states_give_what_was_trained(llama: steer.FrozenLM, encoder: str, tmp_p
 
 
 def test_it_learns_who_writes(llama: steer.FrozenLM, encoder: str, tmp_path: Path) -> None:
-    """Users whose texts are of one letter each: later ones become likelier with one's own state than with another's."""
     method = Recap(encoder=encoder, slots=4)
-    split = split_examples(llama, HISTORIES, strangers=0.0, later=0.2)
-    _, result = train_method(
-        llama, method, HISTORIES, out=tmp_path / "out", steps=60, batch=8, strangers=0.0, later=0.2, learning_rate=1e-2
-    )
-    first = next(entry["eval_loss"] for entry in result.log if "eval_loss" in entry)
-    assert result.losses["all"] < first - 0.5
-    states = {h.user_id: method.fit(llama, h.first(3)) for h in HISTORIES}
-    own, other = [], []
-    for example in split.later:
-        users = [example.record.user_id, *sorted(set(states) - {example.record.user_id})]
-        rows = [states[user] for user in users]
-        losses, _ = response_losses(
-            llama, [example.span] * len(rows), METHODS["recap"].bind(llama, rows, rows[0], method.artifact)
-        )
-        own.append(losses[0].item())
-        other.append(losses[1:].mean().item())
-    assert np.mean(own) < np.mean(other)
+    states = assert_it_learns_who_writes(llama, method, tmp_path, learning_rate=1e-2)
     # And what is asked counts, besides who asks.
     state = states["ann"]
     (edit,) = Recap.bind(llama, [state, None, state], state, method.artifact)
@@ -303,22 +277,10 @@ def test_it_learns_who_writes(llama: steer.FrozenLM, encoder: str, tmp_path: Pat
 
 
 def test_nobody_and_records_that_come_and_go(llama: steer.FrozenLM, encoder: str, tmp_path: Path) -> None:
-    method = trained(llama, encoder, tmp_path)
-    whole, first = method.fit(llama, HISTORIES[0]), method.fit(llama, HISTORIES[0].first(4))
-    grown = method.update(llama, first, History("ann", HISTORIES[0].records[4:]))
-    assert torch.equal(grown.tensors["items"], whole.tensors["items"])
-    assert grown.provenance == whole.provenance
-    back = method.remove(grown, [record.id for record in HISTORIES[0].records[4:]])
-    assert torch.equal(back.tensors["items"], first.tensors["items"])
-    assert back.provenance == first.provenance
-    other = trained(llama, encoder, tmp_path / "other", text="response")
-    for change in (lambda: other.update(llama, whole, HISTORIES[1]), lambda: other.remove(whole, [])):
-        with pytest.raises(steer.SteerError, match="fitted with other shared weights"):
-            change()
+    method = recap(llama, encoder, tmp_path)
+    other = recap(llama, encoder, tmp_path / "other", text="response")
+    whole, nobody, mean = assert_records_come_and_go(llama, method, other)
     # A user without records is one whose only text is the mean.
-    nobody = method.fit(llama, History("new", ()))
-    assert nobody.tensors["items"].shape == (0, 24)
-    mean = steer.UserState(nobody.provenance, {"items": method.artifact.tensors["nobody"][None]})  # type: ignore[union-attr]
     rows = [nobody, mean, whole]
     (edit,) = Recap.bind(llama, rows, nobody, method.artifact)
     keys, _ = edit.key_values(["x"] * 3)
@@ -335,7 +297,7 @@ def test_what_cannot_be_is_refused(llama: steer.FrozenLM, encoder: str, tmp_path
         Recap(encoder=encoder).fit(llama, HISTORIES[0])
     with pytest.raises(steer.SteerError, match="no records to train on"):
         Recap(encoder=encoder).module(llama, [])
-    method = trained(llama, encoder, tmp_path)
+    method = recap(llama, encoder, tmp_path)
     with pytest.raises(steer.SteerError, match="trained with slots=3, this has 30"):
         Recap(encoder=encoder).use(llama, method.artifact)  # type: ignore[arg-type]
     with (
@@ -356,11 +318,7 @@ def test_from_the_command_line(
     """Trained, fitted, used and scored by the four commands, as in Python."""
     monkeypatch.setattr("steer.cli.options.load", lambda *_: llama)
     file, out, bank = tmp_path / "texts.jsonl", tmp_path / "out", tmp_path / "people.bank"
-    records = [record for whole in HISTORIES for record in whole]
-    lines = (
-        {"user_id": r.user_id, "prompt": r.prompt, "text": r.response, "id": r.id, "time": r.time} for r in records
-    )
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_histories(file)
 
     def run(*arguments: object) -> Any:
         made = CliRunner().invoke(app, [str(argument) for argument in arguments])
