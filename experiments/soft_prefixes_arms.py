@@ -257,8 +257,12 @@ class Fitted(Arm):
 
     def settings(self) -> dict[str, Any]:
         method = make_method(self.method, **self.hyper_parameters)
-        own = {f.name: getattr(method, f.name) for f in fields(method) if f.init}  # type: ignore[arg-type]
-        own |= {"method": self.method, "version": method.version, "records": self.records, "dose": self.dose}
+        own = _settings_of(method) | {
+            "method": self.method,
+            "version": method.version,
+            "records": self.records,
+            "dose": self.dose,
+        }
         if self.trained is not None:
             own["artifact"] = self.trained.hash
         return json.loads(json.dumps(own, default=str))
@@ -369,6 +373,10 @@ def trained_arms(
     for name, folder in folders.items():
         artifact = load_artifact(folder)
         method = method_of(lm, artifact)
-        own = {f.name: getattr(method, f.name) for f in fields(method) if f.init}  # type: ignore[arg-type]
-        found[name] = Fitted(artifact.method, own, users, cache, records, trained=artifact)
+        found[name] = Fitted(artifact.method, _settings_of(method), users, cache, records, trained=artifact)
     return found
+
+
+def _settings_of(method: Method) -> dict[str, Any]:
+    """What its constructor was given."""
+    return {f.name: getattr(method, f.name) for f in fields(method) if f.init}  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def key_values_of(
     """
     if lm.is_encoder_decoder:
         raise SteerError(f"keys and values: {ONLY_PREFIXES}")
-    bos = lm.operators.overwriting.start
+    bos = int(lm.adds_bos)
     found: list[KeyValues | None] = [None] * len(prefixes)
     lengths = {i: bos + len(prefix) for i, prefix in enumerate(prefixes) if prefix is not None and len(prefix)}
     for batch in by_length(lengths, batch_tokens):

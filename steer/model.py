@@ -75,7 +75,7 @@ class FrozenLM:
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._fingerprints = Fingerprints(model if self.is_encoder_decoder else self._text)
         self.width = cast(int, self._config.hidden_size)
-        self.operators = Operators(prefix_start=1 if self._adds_bos else 0)
+        self.operators = Operators(prefix_start=int(self.adds_bos))
         self.attachment = Attachment(model, decoder, architecture_of(self._config).inside(path))
         self.n_layers = len(self.attachment.blocks)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -204,8 +204,9 @@ class FrozenLM:
         found = [getattr(self.tokenizer, name, None) for name in names]
         return next((token for token in found if token is not None), 0)
 
-    @property
-    def _adds_bos(self) -> bool:
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer begins every prompt with a BOS token, behind which soft tokens stand."""
         if self.tokenizer is None or self.tokenizer.bos_token_id is None:
             return False
         return self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]

@@ -129,7 +129,7 @@ def response_span(lm: FrozenLM, response: str, prompt: str | None = None, *, max
 
 def _last(lm: FrozenLM, ids: list[int], count: int) -> list[int]:
     """So many tokens from the end, behind the BOS token if the tokenizer begins every prompt with one."""
-    begun = lm.operators.overwriting.start
+    begun = int(lm.adds_bos)
     return ids if len(ids) <= count else ids[:begun] + ids[len(ids) - max(count - begun, 0) :]
 
 
