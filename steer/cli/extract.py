@@ -45,12 +45,7 @@ def extract(
             show_default=False,
         ),
     ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="A hyper-parameter of the method: --set step=10. May be repeated.", show_default=False
-        ),
-    ] = None,
+    setting: options.Setting = None,
     site: Annotated[
         list[str] | None,
         typer.Option(

@@ -72,12 +72,7 @@ def generate(
         str | None,
         typer.Option(help="How --contexts act: cos (the default), guidance, amulet, …", show_default=False),
     ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="A hyper-parameter of the --method: --set lam=2. May be repeated.", show_default=False
-        ),
-    ] = None,
+    setting: options.Setting = None,
     beside: options.Beside = None,
     unknown_user: Annotated[str, typer.Option(help="error, or plain for rows of users without states.")] = "error",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,

@@ -49,6 +49,12 @@ Beside = Annotated[
         show_default=False,
     ),
 ]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="A hyper-parameter of the method: --set NAME=VALUE. May be repeated.", show_default=False
+    ),
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Prompts are texts as they are, without the chat template.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -28,12 +28,7 @@ def sweep(
     method: Annotated[
         str, typer.Option(help="What to fit: style-vector, or another by its name, such as natural-gradient.")
     ] = "style-vector",
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="A hyper-parameter of the method: --set damping=1. May be repeated.", show_default=False
-        ),
-    ] = None,
+    setting: options.Setting = None,
     model: options.Model = "smollm2-135m",
     strengths: Annotated[
         str | None, typer.Option(help="Coefficients of the vectors: 0.25,0.5,1,2.", show_default=False)

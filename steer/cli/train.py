@@ -22,12 +22,7 @@ def train(
         Path, typer.Option(help="Folder for the artifact, the log and checkpoints; new, unless --resume is given.")
     ],
     model: options.Model = "smollm2-135m",
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="A hyper-parameter of the method: --set step=10. May be repeated.", show_default=False
-        ),
-    ] = None,
+    setting: options.Setting = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the examples (1 if --steps is not given).", show_default=False)
     ] = None,
