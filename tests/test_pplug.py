@@ -45,9 +45,10 @@ def pplug(lm: steer.FrozenLM, encoder: str, folder: Path, **settings: Any) -> PP
     return trained(lm, PPlug(encoder=encoder, **settings), folder)
 
 
-def test_soft_tokens_are_the_papers(llama: steer.FrozenLM, encoder: str) -> None:
+@pytest.mark.parametrize("centred", [False, True])
+def test_soft_tokens_are_the_papers(llama: steer.FrozenLM, encoder: str, centred: bool) -> None:
     """Weights, sum, projector and scale in float64 NumPy, and the order [I; P]."""
-    method = PPlug(encoder=encoder, temperature=0.3)
+    method = PPlug(encoder=encoder, temperature=0.3, centred=centred)
     torch.manual_seed(0)
     plug = method.module(llama, HISTORIES).eval()
     examples = [
@@ -63,12 +64,14 @@ def test_soft_tokens_are_the_papers(llama: steer.FrozenLM, encoder: str) -> None
         hidden = gelu(torch.from_numpy(inner)).numpy()
         return (hidden @ state[f"{name}.outer.weight"].T + state[f"{name}.outer.bias"]) * plug.projector.gain_out
 
+    everything = frozen.encode([method.text_of(record) for whole in HISTORIES for record in whole])
+    origin = everything.double().numpy().mean(0) if centred else 0.0
     instruction = project("instruction.projector", state["instruction.vectors"])
     for row, example in enumerate(examples):
         items = frozen.encode([f"{r.response}\n\n{r.prompt}" for r in example.history]).double().numpy()
         query = frozen.encode([example.record.prompt]).double().numpy()[0]
         weights = np.exp(items @ query / 0.3)
-        persona = (weights / weights.sum()) @ project("projector", items)
+        persona = (weights / weights.sum()) @ project("projector", items - origin)
         expected = np.concatenate([instruction, persona[None]])
         np.testing.assert_allclose(edit.embeddings[row].detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
@@ -108,6 +111,21 @@ def test_it_learns_who_writes(llama: steer.FrozenLM, encoder: str, tmp_path: Pat
     assert_it_learns_who_writes(llama, PPlug(encoder=encoder), tmp_path, learning_rate=3e-3)
 
 
+def test_autoencoding_has_the_record_itself(llama: steer.FrozenLM, encoder: str) -> None:
+    """As the only text of a share of the examples in training, and of none elsewhere."""
+    plug = PPlug(encoder=encoder, autoencoding=0.5).module(llama, HISTORIES)
+    whole, frozen = HISTORIES[0], TextEncoder(encoder)
+    example = Example(whole.first(3), whole.records[3], record_span(llama, whole.records[3]))
+    texts = frozen.encode([f"{r.response}\n\n{r.prompt}" for r in whole.records[:4]])
+    torch.manual_seed(0)
+    rows = plug.train().histories([example] * 400)
+    own = [row for row in rows if len(row) == 1]
+    assert 150 < len(own) < 250
+    assert all(torch.allclose(row, texts[3:], atol=1e-6) for row in own)
+    assert all(torch.allclose(row, texts[:3], atol=1e-6) for row in rows if len(row) != 1)
+    assert all(torch.allclose(row, texts[:3], atol=1e-6) for row in plug.eval().histories([example] * 40))
+
+
 def test_nobody_and_records_that_come_and_go(llama: steer.FrozenLM, encoder: str, tmp_path: Path) -> None:
     method = pplug(llama, encoder, tmp_path)
     other = pplug(llama, encoder, tmp_path / "other", text="response")
@@ -126,6 +144,8 @@ def test_nobody_and_records_that_come_and_go(llama: steer.FrozenLM, encoder: str
 def test_what_cannot_be_is_refused(llama: steer.FrozenLM, encoder: str, tmp_path: Path) -> None:
     with pytest.raises(steer.SteerError, match="persona='soul' is not one of attention, mean"):
         PPlug(persona="soul")  # type: ignore[arg-type]
+    with pytest.raises(steer.SteerError, match="autoencoding=2 is not a share"):
+        PPlug(autoencoding=2)
     with pytest.raises(steer.SteerError, match="slots=0"):
         PPlug(slots=0)
     with pytest.raises(steer.SteerError, match="the shared weights come first"):

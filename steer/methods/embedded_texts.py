@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import nn
@@ -37,14 +37,25 @@ class EmbeddedTexts(TrainableMethod):
         encoder: a sentence encoder, see `TextEncoder`.
         text: what of a record is encoded: the response with its prompt behind it, or the response.
         max_tokens: of a text that is encoded; None is what the encoder was made for.
+        centred: whether the mean of all that was trained on is taken from each embedding, so that what they have in
+            common is learned by what users share, and the rest is what tells them apart.
+        autoencoding: share of the examples, in training, whose only text is the very record to predict. There are few
+            users to learn from and many texts: what an embedding says of a text is learned of each of them (as ICAE
+            and ComMer first train; no paper of these methods has it).
     """
+
+    version: ClassVar[int] = 2
 
     encoder: str = "all-minilm-l6-v2"
     text: Text = "both"
     max_tokens: int | None = None
+    centred: bool = False
+    autoencoding: float = 0.0
 
     def __post_init__(self) -> None:
         self._require_one_of(text=Text)
+        if not 0 <= self.autoencoding <= 1:
+            raise SteerError(f"autoencoding={self.autoencoding} is not a share; give 0 for none, or such as 0.5")
 
     def artifact_of(self, lm: FrozenLM, module: nn.Module) -> Artifact:
         """The trained weights, and what they were trained for."""
@@ -152,7 +163,7 @@ class FromTexts(nn.Module):
 
     def __init__(self, method: EmbeddedTexts, encoder: TextEncoder, nobody: Float[Tensor, " d_in"]) -> None:
         super().__init__()
-        self.encoder, self._text_of = encoder, method.text_of
+        self.encoder, self._method = encoder, method
         self.register_buffer("nobody", nobody)
 
     @property
@@ -161,8 +172,8 @@ class FromTexts(nn.Module):
         return {}
 
     def histories(self, examples: Sequence[Example]) -> list[Float[Tensor, "text d_in"]]:
-        """The embeddings of the texts before each example."""
-        texts = [[self._text_of(record) for record in example.history] for example in examples]
+        """The embeddings of the texts before each example, or of its own in a share of those to train on."""
+        texts = [[self._method.text_of(record) for record in self._drawn(example)] for example in examples]
         embedded = self.encoder.encode([text for own in texts for text in own])
         return list(embedded.split([len(own) for own in texts]))
 
@@ -171,12 +182,17 @@ class FromTexts(nn.Module):
     ) -> tuple[Float[Tensor, "row item d_in"], Bool[Tensor, "row item"]]:
         """The texts of each row, and where there are some; nobody's, where a row has none."""
         nobody = self.nobody[None]
+        origin = nobody if self._method.centred else torch.zeros_like(nobody)
         if not rows:
             return nobody.new_zeros(0, 1, nobody.shape[1]), torch.zeros(0, 1, dtype=torch.bool, device=nobody.device)
-        items = [row.to(nobody) if len(row) else nobody for row in rows]
+        items = [(row.to(nobody) if len(row) else nobody) - origin for row in rows]
         counts = torch.tensor([len(row) for row in items], device=nobody.device)
         padded = nn.utils.rnn.pad_sequence(items, batch_first=True)
         return padded, torch.arange(padded.shape[1], device=nobody.device) < counts[:, None]
+
+    def _drawn(self, example: Example) -> Sequence[Record]:
+        own = self.training and torch.rand(()).item() < self._method.autoencoding
+        return (example.record,) if own else example.history.records
 
     def restore(self, artifact: Artifact, device: torch.device) -> Self:
         """Takes the weights of an artifact, to be used and not trained."""

@@ -43,7 +43,7 @@ from steer.encoders import masked_mean as mean_of
 from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Edit, PrefixEdit, PromptPrefix
-from steer.methods.embedded_texts import EmbeddedTexts, FromTexts, Items, Text
+from steer.methods.embedded_texts import EmbeddedTexts, FromTexts, Items
 from steer.sites import Site
 from steer.state import Artifact, UserState
 from steer.text_encoder import TextEncoder
@@ -70,6 +70,7 @@ class PPlug(EmbeddedTexts):
         encoder: a sentence encoder, see `TextEncoder`; the paper has BAAI/bge-base-en-v1.5.
         text: what of a record is encoded: the response with its prompt behind it, or the response.
         max_tokens: of a text that is encoded; None is what the encoder was made for.
+        centred, autoencoding: see `EmbeddedTexts`.
         query: whether the prompt's encoder is trained, as in the paper, or the frozen one. Only attention has it.
         query_prefix: put in front of the prompt; BGE's for queries is "Represent this sentence for searching relevant
             passages: ".
@@ -95,7 +96,8 @@ class PPlug(EmbeddedTexts):
     published: bool = False
 
     def __post_init__(self) -> None:
-        self._require_one_of(text=Text, query=Query, persona=Persona)
+        super().__post_init__()
+        self._require_one_of(query=Query, persona=Persona)
         if self.slots < 1:
             raise SteerError(f"slots={self.slots}: a persona needs one soft token at least")
 

@@ -37,7 +37,7 @@ from steer.errors import SteerError
 from steer.history import History
 from steer.inject import Edit, KeyValueEdit, KeyValues, PromptKeyValues
 from steer.key_values import key_values_of
-from steer.methods.embedded_texts import EmbeddedTexts, FromTexts, Items, Text
+from steer.methods.embedded_texts import EmbeddedTexts, FromTexts, Items
 from steer.state import Artifact, UserState
 from steer.text_encoder import TextEncoder
 
@@ -65,6 +65,7 @@ class Recap(EmbeddedTexts):
         encoder: a sentence encoder, see `TextEncoder`; the paper trains RoBERTa.
         text: what of a record is encoded: the response with its prompt behind it, or the response.
         max_tokens: of a text that is encoded; None is what the encoder was made for.
+        centred, autoencoding: see `EmbeddedTexts`.
         slots: keys and values that are trained, for each head; one more stands in front of them.
         retriever: which texts count: those whose embeddings are most similar to the prompt's, or the newest.
         retrieved: how many.
@@ -79,7 +80,8 @@ class Recap(EmbeddedTexts):
     query_prefix: str = ""
 
     def __post_init__(self) -> None:
-        self._require_one_of(text=Text, retriever=Retriever)
+        super().__post_init__()
+        self._require_one_of(retriever=Retriever)
         for name in ("slots", "retrieved"):
             if getattr(self, name) < 1:
                 raise SteerError(f"{name}={getattr(self, name)} is no count; give 1 or more")
