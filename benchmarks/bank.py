@@ -454,13 +454,13 @@ def work(job: Mapping[str, Any]) -> dict[str, float]:
     opened = time.perf_counter()
     found = store.gather(asked[0])
     first = time.perf_counter()
-    peak, seconds = memory(), []
+    samples, seconds = [memory()], []
     for users in asked[1:]:
         begin = time.perf_counter()
         found = store.gather(users)
         seconds.append(time.perf_counter() - begin)
-        peak = {key: max(peak[key], now) for key, now in memory().items()}
-    after = memory()
+        samples.append(memory())
+    after = samples[-1]
     store.close()
     check(job["way"], batches[-1], store.tensor(found), job["width"])
     return {
@@ -468,7 +468,7 @@ def work(job: Mapping[str, Any]) -> dict[str, float]:
         "ms to open and gather": 1e3 * (first - start),
         "ms to gather": 1e3 * statistics.median(seconds),
         "anonymous MiB": after["RssAnon"] - before["RssAnon"],
-        "anonymous MiB, peak": peak["RssAnon"] - before["RssAnon"],
+        "anonymous MiB, peak": max(sample["RssAnon"] for sample in samples) - before["RssAnon"],
         "mapped MiB": after["RssFile"] - before["RssFile"],
     }
 

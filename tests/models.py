@@ -161,8 +161,8 @@ MULTIMODAL = ["gemma3_image", "llava", "qwen2_5_vl"]
 ENCODER_DECODERS = ["t5", "t5_gated", "mt5", "umt5", "bart", "mbart", "t5_lora", "t5_one_table"]
 # Models inside of others, with adapters, and with quantized weights.
 WRAPPED = [*MULTIMODAL, *(name for name in _CHANGED if name not in ENCODER_DECODERS)]
-# To the hooks these are built as others are: they go through the invariants, but for compiling, and through the rest in
-# full runs only.
+# To the hooks these are built as others are: they go through the tests of where edits land, and
+# through the rest in full runs only.
 ALIKE = {
     "mistral": "llama",
     "phi3": "llama",
