@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Where models differ that are built alike: in what their layers are called and what comes out of them.
-OF_ALL = {"test_neutral.py", "test_positions.py", "test_read_where_you_write.py"}
+OF_ALL = {"test_neutral.py", "test_positions.py"}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -97,19 +97,28 @@ def damaged(whole: Path, target: Path, file: str, how: str, where: float, seed: 
     path.write_bytes(content)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    file=st.sampled_from(
+DAMAGE = {
+    "file": st.sampled_from(
         ["index.sqlite"] * 4 + [f"segments/0000000{n}-*" for n in (1, 2)] * 2 + ["manifest.json", "artifacts/*"]
     ),
-    how=st.sampled_from(["bit", "byte", "stretch", "page", "swap", "cut"]),
-    where=st.floats(0, 1),
-    seed=st.integers(0, 10**6),
-)
-@example(file="index.sqlite", how="swap", where=0.0, seed=5)
-def test_damage_is_an_error_and_never_somebody_elses_state(
-    whole: Path, file: str, how: str, where: float, seed: int
-) -> None:
+    "how": st.sampled_from(["bit", "byte", "stretch", "page", "swap", "cut"]),
+    "where": st.floats(0, 1),
+    "seed": st.integers(0, 10**6),
+}
+
+
+@pytest.mark.parametrize("examples", [40, pytest.param(200, marks=pytest.mark.full)])
+def test_damage_is_an_error_and_never_somebody_elses_state(whole: Path, examples: int) -> None:
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(**DAMAGE)
+    @example(file="index.sqlite", how="swap", where=0.0, seed=5)
+    def survives(file: str, how: str, where: float, seed: int) -> None:
+        _damage_is_told(whole, file, how, where, seed)
+
+    survives()
+
+
+def _damage_is_told(whole: Path, file: str, how: str, where: float, seed: int) -> None:
     with tempfile.TemporaryDirectory(dir=FAST) as folder:
         target = Path(folder) / "people.bank"
         damaged(whole, target, file, how, where, seed)

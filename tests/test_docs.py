@@ -43,9 +43,12 @@ def name(page: Path) -> str:
 
 
 RUNNABLE = [page for page in PAGES if any(blocks(page, "python"))]
+SLOW = {"methods.md"}
 
 
-@pytest.mark.parametrize("page", RUNNABLE, ids=name)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=name(page), marks=[pytest.mark.full] * (page.name in SLOW)) for page in RUNNABLE]
+)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "smollm2-135m" in page.read_text(encoding="utf-8") and not embedded.installed("smollm2-135m"):
         pytest.skip("needs the model: steer models pull smollm2-135m")

@@ -15,7 +15,7 @@ nbclient = pytest.importorskip("nbclient")
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-SLOW = {"style_vector_from_zero"}
+SLOW = {"style_vector_from_zero", "context_steering"}
 
 
 @pytest.mark.parametrize(
