@@ -37,7 +37,7 @@ from steer.cache import Cache
 from steer.cli import options, results
 from steer.errors import SteerError
 from steer.experiments import soft_prefixes_report as reports
-from steer.experiments.soft_prefixes_arms import BASE, Arm, Row, Score, arms, score, trained_arms
+from steer.experiments.soft_prefixes_arms import BASE, Arm, Row, Score, arms, chosen_arms, score, trained_arms
 from steer.experiments.soft_prefixes_data import User, digest, read_users, shortened, statistics, strangers
 from steer.files import draft
 from steer.likelihood import last_logits
@@ -223,9 +223,7 @@ def _go_on(arguments: argparse.Namespace, lm: FrozenLM, users: Sequence[User]) -
     scored = [user.first(arguments.records) for user in users]
     every = arms(lm, scored, cache, tokens=arguments.shown, records=arguments.fitted)
     every |= trained_arms(lm, folders, scored, cache, arguments.fitted)
-    if unknown := [name for name in arguments.arms or () if name not in every]:
-        raise SteerError(f"there is no arm {unknown[0]!r}; there are {', '.join(every)}")
-    chosen = {name: every[name] for name in dict.fromkeys([BASE, *(arguments.arms or every)])}
+    chosen = chosen_arms(every, list(dict.fromkeys([BASE, *(arguments.arms or every)])))
     if arguments.action == "times":
         done["times"] = done.get("times", {}) | times(
             lm, chosen, scored, prompts=arguments.prompts, rounds=arguments.rounds
@@ -292,7 +290,12 @@ def _parse() -> argparse.Namespace:
         one.add_argument("--others", type=int, default=1, help="others whose texts and states a user is scored with")
         one.add_argument("--shown", type=int, default=128, help="tokens of an earlier text in a prompt")
         one.add_argument("--fitted", type=int, default=24, help="earlier records that states are fitted on, the newest")
-        one.add_argument("--arms", nargs="+", metavar="ARM", help="some of them; all if not given")
+        one.add_argument(
+            "--arms",
+            nargs="+",
+            metavar="ARM",
+            help="some of them, or states together, as in 'PPlug + natural gradient'; all if not given",
+        )
         one.add_argument("--out", type=Path, default=Path("soft-prefixes.json"))
     timed.add_argument("--prompts", type=int, default=2, help="of each set")
     timed.add_argument("--rounds", type=int, default=5)

@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from steer.cache import Cache, head_key, key_of, model_key
+from steer.errors import SteerError
 from steer.experiments import retrieval
 from steer.experiments.soft_prefixes_data import User, before, cut
 from steer.history import History, Record
@@ -315,6 +316,24 @@ class Fitted(Arm):
         return key_of(model_key(lm), head_key(lm), own)
 
 
+@dataclass
+class Together(Arm):
+    """Several states of a user at once."""
+
+    parts: Sequence[Fitted]
+
+    def row(self, lm: FrozenLM, history: History, record: Record) -> Row:
+        rows = [part.row(lm, history, record) for part in self.parts]
+        return Row(rows[0].span, [edit for row in rows for edit in row.edits], " + ".join(row.state for row in rows))
+
+    def cost(self, lm: FrozenLM, history: History) -> Cost:
+        costs = [part.cost(lm, history) for part in self.parts]
+        return Cost(sum(cost.nbytes for cost in costs), sum(cost.seconds for cost in costs))
+
+    def settings(self) -> dict[str, Any]:
+        return {"together": [part.settings() for part in self.parts]}
+
+
 @contextmanager
 def _embedding_anew(lm: FrozenLM, method: Method) -> Iterator[None]:
     """What a user costs is timed in here, and not a look at what training has embedded."""
@@ -362,6 +381,7 @@ def arms(lm: FrozenLM, users: Sequence[User], cache: Cache, *, tokens: int, reco
         "natural gradient": fitted("natural_gradient"),
         "trained vector": fitted("trained_vector", layer=[low, high], shared_steps=24, steps=12, batch=4),
         "prefix tuning": fitted("prefix_tuning", batch=4),
+        "prefix tuning, shared": fitted("prefix_tuning", length=2, shared_steps=60, steps=15, batch=4, holdout=0.25),
     }
 
 
@@ -374,6 +394,25 @@ def trained_arms(
         artifact = load_artifact(folder)
         method = method_of(lm, artifact)
         found[name] = Fitted(artifact.method, _settings_of(method), users, cache, records, trained=artifact)
+    return found
+
+
+def chosen_arms(every: Mapping[str, Arm], names: Sequence[str]) -> dict[str, Arm]:
+    """Arms by name; names of states with a plus between them are these states together.
+
+    Raises:
+        SteerError: there is no such arm, or one of several is not a state.
+    """
+    found = {}
+    for name in names:
+        parts = [name] if name in every else name.split(" + ")
+        if unknown := [part for part in parts if part not in every]:
+            raise SteerError(f"there is no arm {unknown[0]!r}; there are {', '.join(every)}")
+        arms = [every[part] for part in parts]
+        fitted = [arm for arm in arms if isinstance(arm, Fitted)]
+        if len(arms) > 1 and len(fitted) < len(arms):
+            raise SteerError(f"{name!r} is not several states; texts in a prompt are no state")
+        found[name] = arms[0] if len(arms) == 1 else Together(fitted)
     return found
 
 

@@ -288,6 +288,58 @@ def test_prefix_tuning_lowers_the_loss_on_what_the_user_wrote(
     assert torch.equal(again.tensors["prefix"], state.tensors["prefix"])
 
 
+def test_prefixes_begin_at_a_common_one(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
+    settings: dict[str, Any] = {"length": 3, "shared_steps": 15, "learning_rate": 0.2, "batch": 4}
+    method, losses = steer.PrefixTuning(**settings, steps=0), []
+    artifact = method.train(llama, histories, on_step=lambda step, loss: losses.append(loss))
+    assert artifact is not None
+    assert losses[-1] < losses[0] - 0.2
+    common = artifact.tensors["prefix"]
+    # Without a step, and for who wrote nothing whatever the steps, the common prefix is the user's.
+    for made, history in ((method, histories[0]), (steer.PrefixTuning(**settings), steer.History("nobody", ()))):
+        made.use(llama, artifact)
+        state = made.fit(llama, history)
+        assert torch.equal(state.tensors["prefix"], common)
+        assert state.provenance.artifact == artifact.hash
+    own = steer.PrefixTuning(**settings, steps=1)
+    own.use(llama, artifact)
+    silent, wrote = own.fit_many(llama, [steer.History("nobody", ()), histories[0]])
+    assert torch.equal(silent.tensors["prefix"], common)
+    # One step of Adam moves each number by the learning rate.
+    moved = (wrote.tensors["prefix"] - common).abs()
+    rows = torch.stack([llama.model.get_input_embeddings().weight[i] for i in _drawn(llama, 3)])
+    assert_close(moved, torch.full_like(moved, 0.2 * float(rows.square().mean().sqrt())), 1e-3)
+    with pytest.raises(steer.SteerError, match="the common prefix comes first: call train"):
+        steer.PrefixTuning(**settings).fit(llama, histories[0])
+    with pytest.raises(steer.SteerError, match="no records to train the common prefix on"):
+        steer.PrefixTuning(**settings).train(llama, [])
+    longer = steer.PrefixTuning(**settings | {"length": 4})
+    longer.use(llama, artifact)
+    with pytest.raises(steer.SteerError, match="has 3 soft tokens; give length=3, or train it again"):
+        longer.fit(llama, histories[0])
+
+
+def _drawn(lm: steer.FrozenLM, count: int) -> list[int]:
+    table = lm.model.get_input_embeddings()
+    return torch.randint(table.num_embeddings, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def test_a_prefix_is_kept_where_held_out_texts_liked_it_best(
+    llama: steer.FrozenLM, histories: list[steer.History]
+) -> None:
+    settings: dict[str, Any] = {"length": 2, "shared_steps": 30, "steps": 10}
+    artifact = steer.PrefixTuning(**settings, learning_rate=0.2).train(llama, histories)
+    assert artifact is not None
+    steps = {}
+    for holdout in (0.0, 0.5):
+        wild = steer.PrefixTuning(**settings, learning_rate=100.0, holdout=holdout)
+        wild.use(llama, artifact)
+        state = wild.fit(llama, histories[0])
+        steps[holdout] = state.provenance.calibration["step"]
+        assert torch.equal(state.tensors["prefix"], artifact.tensors["prefix"]) == (not steps[holdout])
+    assert steps == {0.0: 10, 0.5: 0}
+
+
 def test_prefixes_that_cannot_be(llama: steer.FrozenLM, histories: list[steer.History]) -> None:
     with pytest.raises(steer.SteerError, match="has no records to train a prefix on"):
         steer.PrefixTuning().fit(llama, steer.History("ann", ()))

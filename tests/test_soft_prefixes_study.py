@@ -355,6 +355,33 @@ def test_states_are_scored_as_steer_scores_them(lm: steer.FrozenLM, folder: Path
     assert len(seen | {base.nats}) == 6
 
 
+def test_states_together(lm: steer.FrozenLM, folder: Path, tmp_path: Path) -> None:
+    users, cache = data.shortened(lm, data.read_users(folder), 12), Cache(tmp_path / "c")
+    made = every(lm, users, cache)
+    user, record = users[0], users[0].later.records[0]
+    names = ("prefix tuning", "natural gradient")
+    arms = soft_prefixes_arms.chosen_arms(made, ["none", " + ".join(names), *names])
+    assert list(arms) == ["none", "prefix tuning + natural gradient", *names]
+    both, *apart = list(arms.values())[1:]
+    states = [arm.state(lm, user.earlier)[0] for arm in apart if isinstance(arm, soft_prefixes_arms.Fitted)]
+    shared = made["natural gradient"].artifact(lm)  # type: ignore[attr-defined]
+    edits = edits_of(lm, [dict(zip(names, states, strict=True))], artifacts={shared.hash: shared})
+    found = soft_prefixes_arms.score(lm, both, user.earlier, record, cache)
+    span = made["none"].row(lm, user.earlier, record).span
+    assert found.nats == pytest.approx(row_losses(lm, span, edits, 1).item(), rel=1e-5)
+    assert (
+        len({found.nats, *(soft_prefixes_arms.score(lm, arm, user.earlier, record, cache).nats for arm in apart)}) == 3
+    )
+    assert found.prompt_tokens == span.start + 4
+    costs = [arm.cost(lm, user.earlier) for arm in apart]
+    assert both.cost(lm, user.earlier).nbytes == sum(cost.nbytes for cost in costs)
+    assert both.settings() == {"together": [arm.settings() for arm in apart]}
+    with pytest.raises(steer.SteerError, match="there is no arm 'PPlug'; there are none, "):
+        soft_prefixes_arms.chosen_arms(made, ["natural gradient + PPlug"])
+    with pytest.raises(steer.SteerError, match=r"'natural gradient [+] BM25 1' is not several states"):
+        soft_prefixes_arms.chosen_arms(made, ["natural gradient + BM25 1"])
+
+
 def test_only_known_users_are_trained_on(
     lm: steer.FrozenLM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

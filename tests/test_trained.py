@@ -538,7 +538,7 @@ def test_trained_states_survive_a_bank(
     [
         method(shared_steps=2, steps=2),
         perfit(shared_epochs=1, epochs=1),
-        steer.PrefixTuning(steps=2),
+        steer.PrefixTuning(shared_steps=2, steps=2),
         steer.UserLLM(layer=LAYER, read_layer=0, heads=2, steps=2),
     ],
     ids=lambda m: m.name,
@@ -602,11 +602,12 @@ def test_of_nobody_there_are_no_states(llama: steer.FrozenLM, histories: list[st
 @pytest.mark.parametrize("name", ["prefix_tuning", "style_vector"])
 def test_fit_many_is_fit_for_each(llama: steer.FrozenLM, histories: list[steer.History], name: str) -> None:
     settings: dict[str, dict[str, Any]] = {
-        "prefix_tuning": {"steps": 5, "batch": 2, "learning_rate": 0.2},
+        "prefix_tuning": {"shared_steps": 2, "steps": 5, "batch": 2, "learning_rate": 0.2},
         "style_vector": {"layer": LAYER, "neutral": "field:bland"},
     }
     told: list[float] = []
     fitting = steer.make_method(name, **settings[name])
+    fitting.train(llama, histories)
     for history, state in zip(histories, fitting.fit_many(llama, histories, told.append), strict=True):
         for key, tensor in fitting.fit(llama, history).tensors.items():
             assert_close(state.tensors[key], tensor, 1e-3)
