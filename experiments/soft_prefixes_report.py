@@ -25,6 +25,8 @@ Point = Mapping[str, Any]
 def merged(studies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Results of one study that were made apart, as one; the first one's where several have an arm.
 
+    Arms that differ in their number of texts stand together, few before many.
+
     Raises:
         SteerError: they are of several studies, or of none.
     """
@@ -37,7 +39,18 @@ def merged(studies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             known |= {name: value for name, value in one.get(part, {}).items() if name not in known}
     if BASE not in parts["arms"]:
         raise SteerError(f"there is nothing to compare with: run the arm {BASE!r}")
-    return {**first, **parts}
+    families = list(dict.fromkeys(map(_family, parts["arms"])))
+    order = sorted(parts["arms"], key=lambda name: (families.index(_family(name)), _count(name)))
+    return {**first, **parts, "arms": {name: parts["arms"][name] for name in order}}
+
+
+def _family(name: str) -> str:
+    return re.sub(r" \d+$", "", name)
+
+
+def _count(name: str) -> int:
+    found = re.search(r" (\d+)$", name)
+    return int(found[1]) if found else 0
 
 
 def tables(done: Mapping[str, Any]) -> str:
@@ -202,6 +215,7 @@ def _changes(done: Mapping[str, Any]) -> Any:
         _bars(axes, [p - 0.14 for p in places], [p.get("others") for p in found], "0.55", "others' records", "white")
         axes.set(title=chosen, xlabel="nats per token − none")
         axes.set_yticks(places, names)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_ylim(-0.6, len(names) - 0.4)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
@@ -228,7 +242,7 @@ def _by_tokens(done: Mapping[str, Any]) -> Any:
     """A panel for each set: what every arm gains against the tokens that stand before a response."""
     families: dict[str, list[str]] = {}
     for name in done["arms"]:
-        families.setdefault(re.sub(r" \d+$", "", name), []).append(name)
+        families.setdefault(_family(name), []).append(name)
     sets = sets_of(done)
     columns = 2 if len(sets) > 1 else 1
     figure = new_figure(5.2 * columns + 2, 3.9 * ((len(sets) + 1) // 2))

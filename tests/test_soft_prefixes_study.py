@@ -522,6 +522,17 @@ def test_what_may_have_been_trained_on_unseen_users_is_refused(
         run(monkeypatch, "run", *study, "none", "--trained", str(tmp_path), "--out", tmp_path / "made.json")
 
 
+def test_arms_that_differ_in_the_number_of_texts_stand_together() -> None:
+    names = ["none", "BM25 4", "PPlug", "BM25 1", "BM25 4, turns", "BM25 2", "random 10", "random 9"]
+    halves = [{"study": 1, "arms": dict.fromkeys(part, i)} for i, part in enumerate((names[:5], names[3:]))]
+    found = soft_prefixes_report.merged(halves)["arms"]
+    assert list(found) == [
+        *("none", "BM25 1", "BM25 2", "BM25 4", "PPlug", "BM25 4, turns", "random 9", "random 10"),
+    ]
+    # The first one's where several have an arm.
+    assert found == dict.fromkeys(names[:5], 0) | dict.fromkeys(names[5:], 1)
+
+
 def test_points_by_hand() -> None:
     rng = np.random.default_rng(0)
     sets = ["a"] * 8 + ["b"] * 4
