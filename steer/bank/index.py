@@ -574,7 +574,11 @@ def _find(db: sqlite3.Connection, name: str, users: Sequence[bytes]) -> list[Ent
         # As many question marks as a power of two, so that SQLite has few statements to compile.
         marks = 1 << (len(some) - 1).bit_length()
         query = f"SELECT {_COLUMNS} FROM entries WHERE name = ? AND user IN ({','.join('?' * marks)})"
-        found += _entries(db.execute(query, (name, *some, *[None] * (marks - len(some)))))
+        entries = _entries(db.execute(query, (name, *some, *[None] * (marks - len(some)))))
+        # In a damaged tree SQLite may take the entry that it arrives at for the one that it was sent to.
+        if not all(entry.name == name for entry in entries) or not {entry.user for entry in entries} <= set(some):
+            raise Damage("damaged: the bank's index leads to somebody else's entry")
+        found += entries
     return found
 
 
